@@ -1,0 +1,3 @@
+"""Multicast relay."""
+
+__version__ = "0.1.0"
