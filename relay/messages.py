@@ -1,0 +1,133 @@
+"""Typed messages between the supervisor and its children, and their answers.
+
+Framing: SOCK_STREAM unix socket pair, u32 little-endian length, then msgpack. The supervisor
+side checks every field again (msgspec constraints), as children are less privileged than it.
+"""
+
+import msgspec
+
+from relay.rules import Rule
+
+
+class ApplyRules(msgspec.Struct, tag=True):
+    """Control plane → supervisor: change the active rules at once, all or nothing.
+
+    `remove` names rules to drop before `add` is installed; a replaced rule stands in both.
+    """
+
+    request_id: int
+    add: tuple[Rule, ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+class GetStats(msgspec.Struct, tag=True):
+    request_id: int
+
+
+class ListWorkers(msgspec.Struct, tag=True):
+    request_id: int
+
+
+class LogLevel(msgspec.Struct, tag=True):
+    """Get (level None) or set the level, of all rings or of one facility and/or core."""
+
+    request_id: int
+    level: str | None = None
+    facility: str | None = None
+    core: int | None = None
+
+
+class OutputStats(msgspec.Struct):
+    output: str  # "group:port:interface"
+    packets: int
+    bytes: int
+    drops: dict[str, int]
+
+
+class RuleStats(msgspec.Struct):
+    rule_id: str
+    state: str  # "active" or "waiting: <why>"
+    packets_matched: int
+    bytes_matched: int
+    packets_relayed: int
+    bytes_relayed: int
+    packets_per_second: float
+    bits_per_second: float
+    outputs: list[OutputStats]
+
+
+class WorkerStats(msgspec.Struct):
+    core: int
+    pid: int
+    state: str
+    uptime_s: float
+    packets_in: int
+    bytes_in: int
+    packets_matched: int
+    packets_relayed: int
+    bytes_relayed: int
+    packets_per_second: float
+    bits_per_second: float
+    ring_fill_percent: float
+    drops: dict[str, int]
+
+
+class Stats(msgspec.Struct, tag=True):
+    """Supervisor → control plane: totals since start, rates over the last second."""
+
+    request_id: int
+    uptime_s: float
+    packets_in: int
+    bytes_in: int
+    packets_matched: int
+    packets_relayed: int
+    bytes_relayed: int
+    packets_per_second: float
+    bits_per_second: float
+    drops: dict[str, int]
+    rules: list[RuleStats]
+    workers: list[WorkerStats]
+
+
+class Workers(msgspec.Struct, tag=True):
+    request_id: int
+    workers: list[WorkerStats]
+
+
+class Levels(msgspec.Struct, tag=True):
+    request_id: int
+    levels: dict[str, str]  # facility → severity name
+
+
+class Done(msgspec.Struct, tag=True):
+    """Supervisor → control plane: the request was carried out; `warnings` go to the user."""
+
+    request_id: int
+    warnings: tuple[str, ...] = ()
+
+
+class Refused(msgspec.Struct, tag=True):
+    """Supervisor → control plane: nothing was changed, and why."""
+
+    request_id: int
+    error: str
+
+
+class Restore(msgspec.Struct, tag=True):
+    """Supervisor → control plane, first message: the rules that are active already."""
+
+    rules: tuple[Rule, ...] = ()
+    interfaces: tuple[str, ...] = ()  # the relay's default ingress interfaces
+
+
+class Configure(msgspec.Struct, tag=True):
+    """Supervisor → control plane: install exactly these configuration rules (start, SIGHUP).
+
+    Rules that clients added stay; rules of the former configuration that are missing here go.
+    """
+
+    rules: tuple[Rule, ...] = ()
+
+
+type_to_supervisor = ApplyRules | GetStats | ListWorkers | LogLevel
+type_to_controlplane = Stats | Workers | Levels | Done | Refused | Restore | Configure
