@@ -129,5 +129,5 @@ class Configure(msgspec.Struct, tag=True):
     rules: tuple[Rule, ...] = ()
 
 
-type_to_supervisor = ApplyRules | GetStats | ListWorkers | LogLevel
-type_to_controlplane = Stats | Workers | Levels | Done | Refused | Restore | Configure
+ToSupervisor = ApplyRules | GetStats | ListWorkers | LogLevel
+ToControlPlane = Stats | Workers | Levels | Done | Refused | Restore | Configure
