@@ -1,0 +1,24 @@
+"""The data plane's log records: number and format of each, one source for writer and reader.
+
+Written by the compiled loop with typed arguments, rendered by whoever reads the ring.
+"""
+
+from typing import Final
+
+FIRST_PACKET: Final = 1
+DROPS: Final = 2
+GSO_REFUSED: Final = 3
+SENT: Final = 4
+RECEIVED: Final = 5
+RING_FILL_ABOVE: Final = 6
+RING_FILL_BELOW: Final = 7
+DROPS_BY_CAUSE_FIRST: Final = 16  # plus the DropCause
+
+FORMATS: Final[dict[int, str]] = {
+    FIRST_PACKET: "First packet of rule {rule} from {0:ip}:{1:port}",
+    GSO_REFUSED: "Segmentation refused with errno {0:d} on output {1:d}, sending singly from now on",
+    SENT: "Sent {1:d} datagrams, {2:d} bytes to output {0:d}",
+    RECEIVED: "Received {4:d} datagrams, {5:d} bytes from {0:ip}:{1:port} to {2:ip}:{3:port}",
+    RING_FILL_ABOVE: "Ring {0:d} is over {1:d}% full",
+    RING_FILL_BELOW: "Ring {0:d} is back under {1:d}%",
+}

@@ -1,0 +1,299 @@
+"""Memory layouts of the data path, each defined once, as data.
+
+Kernel structures (packet ring, virtio header, io_uring, sendmsg) are read and written through
+these dtypes and offsets; the tests compare them with the C ABI. The rest is the relay's own.
+"""
+
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+
+# linux/if_packet.h
+TP_STATUS_KERNEL: Final = 0
+TP_STATUS_USER: Final = 1 << 0
+TP_STATUS_COPY: Final = 1 << 1
+TP_STATUS_CSUMNOTREADY: Final = 1 << 3
+TP_STATUS_VLAN_VALID: Final = 1 << 4
+TP_STATUS_CSUM_VALID: Final = 1 << 7
+PACKET_OTHERHOST: Final = 3
+
+TPACKET2_HDR: Final = np.dtype(
+    [
+        ("tp_status", "<u4"),
+        ("tp_len", "<u4"),
+        ("tp_snaplen", "<u4"),
+        ("tp_mac", "<u2"),
+        ("tp_net", "<u2"),
+        ("tp_sec", "<u4"),
+        ("tp_nsec", "<u4"),
+        ("tp_vlan_tci", "<u2"),
+        ("tp_vlan_tpid", "<u2"),
+        ("tp_padding", "u1", (4,)),
+    ]
+)
+SOCKADDR_LL: Final = np.dtype(
+    [
+        ("sll_family", "<u2"),
+        ("sll_protocol", ">u2"),
+        ("sll_ifindex", "<i4"),
+        ("sll_hatype", "<u2"),
+        ("sll_pkttype", "u1"),
+        ("sll_halen", "u1"),
+        ("sll_addr", "u1", (8,)),
+    ]
+)
+# linux/virtio_net.h; without num_buffers, as PACKET_VNET_HDR has it
+VIRTIO_NET_HDR: Final = np.dtype(
+    [
+        ("flags", "u1"),
+        ("gso_type", "u1"),
+        ("hdr_len", "<u2"),
+        ("gso_size", "<u2"),
+        ("csum_start", "<u2"),
+        ("csum_offset", "<u2"),
+    ]
+)
+VIRTIO_NET_HDR_GSO_NONE: Final = 0
+VIRTIO_NET_HDR_GSO_UDP_L4: Final = 5
+
+# sys/socket.h, netinet/in.h on x86-64 and aarch64
+IOVEC: Final = np.dtype([("iov_base", "<i8"), ("iov_len", "<i8")])
+MSGHDR: Final = np.dtype(
+    [
+        ("msg_name", "<i8"),
+        ("msg_namelen", "<u4"),
+        ("pad0", "<u4"),
+        ("msg_iov", "<i8"),
+        ("msg_iovlen", "<i8"),
+        ("msg_control", "<i8"),
+        ("msg_controllen", "<i8"),
+        ("msg_flags", "<i4"),
+        ("pad1", "<u4"),
+    ]
+)
+MMSGHDR: Final = np.dtype([("msg_hdr", MSGHDR), ("msg_len", "<u4"), ("pad", "<u4")])
+SOCKADDR_IN: Final = np.dtype(
+    [("sin_family", "<u2"), ("sin_port", "<u2"), ("sin_addr", "<u4"), ("sin_zero", "u1", (8,))]
+)
+
+# linux/io_uring.h
+IO_URING_SQE: Final = np.dtype(
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),
+        ("ioprio", "<u2"),
+        ("fd", "<i4"),
+        ("off", "<i8"),
+        ("addr", "<i8"),
+        ("len", "<u4"),
+        ("msg_flags", "<u4"),
+        ("user_data", "<i8"),
+        ("buf_index", "<u2"),
+        ("personality", "<u2"),
+        ("splice_fd_in", "<i4"),
+        ("addr3", "<i8"),
+        ("pad2", "<i8"),
+    ]
+)
+IO_URING_CQE: Final = np.dtype([("user_data", "<i8"), ("res", "<i4"), ("flags", "<u4")])
+
+# One control buffer a send: the three messages that a datagram can need, in this order.
+# Sizes are CMSG_SPACE of their payloads (man 3 cmsg).
+CMSG_UDP_SEGMENT_BYTES: Final = 24
+CMSG_IP_TTL_BYTES: Final = 24
+CMSG_IP_PKTINFO_BYTES: Final = 32
+CMSG_BYTES: Final = CMSG_UDP_SEGMENT_BYTES + CMSG_IP_TTL_BYTES + CMSG_IP_PKTINFO_BYTES
+
+# What one SQE points to. It must stay in place until its completion is reaped.
+SEND_SLOT: Final = np.dtype(
+    [
+        ("msg", MSGHDR),
+        ("iov", IOVEC),
+        ("name", SOCKADDR_IN),
+        ("control", "u1", (CMSG_BYTES,)),
+        ("output", "<i4"),
+        ("batch", "<i4"),
+        ("datagrams", "<i4"),
+        ("gso", "<i4"),
+    ],
+    align=True,
+)
+
+UDP_SEGMENTS_MAX: Final = 64  # UDP_MAX_SEGMENTS, linux/udp.h, before it was raised to 128
+UDP_PAYLOAD_MAX: Final = 65507  # 65535 less IPv4 and UDP headers
+
+# Neighbouring datagrams that leave together. `entry` names the match, `src` and `ttl` are part of
+# its identity only when an output of that entry needs them.
+BATCH: Final = np.dtype(
+    [
+        ("entry", "<i4"),
+        ("src", "<u4"),
+        ("ttl", "<i4"),
+        ("segment_bytes", "<i4"),
+        ("datagrams", "<i4"),
+        ("iovecs", "<i4"),
+        ("bytes", "<i4"),
+        ("sealed", "<i4"),
+        ("next_open", "<i4"),
+        ("pad", "<i4"),
+    ]
+)
+
+# A parsed datagram, or super-frame of `datagrams` datagrams of `segment_bytes`.
+DATAGRAM: Final = np.dtype(
+    [
+        ("src", "<u4"),
+        ("dst", "<u4"),
+        ("sport", "<i4"),
+        ("dport", "<i4"),
+        ("ttl", "<i4"),
+        ("datagrams", "<i4"),
+        ("segment_bytes", "<i4"),
+        ("payload_bytes", "<i4"),
+        ("payload", "<i8"),
+    ]
+)
+
+# --- the compiled rule table: written by the supervisor, mapped read-only by workers ---------------
+
+TABLE_MAGIC: Final = 0x3145_4C42_4154_434D  # "MCTABLE1"
+TABLE_HEADER: Final = np.dtype(
+    [
+        ("magic", "<i8"),
+        ("generation", "<i8"),
+        ("key_slots", "<i8"),
+        ("entries", "<i8"),
+        ("routes", "<i8"),
+        ("route_outputs", "<i8"),
+        ("outputs", "<i8"),
+        ("own_slots", "<i8"),
+        ("rules", "<i8"),
+    ]
+)
+KEY: Final = np.dtype([("dst", "<u4"), ("src", "<u4"), ("port", "<u2"), ("ring", "<u2"), ("entry", "<i4")])
+ENTRY_HAS_SOURCES: Final = 1  # source-specific entries exist beside this one
+ENTRY_VARIES_BY_SOURCE: Final = 2  # some output preserves the source address
+ENTRY_VARIES_BY_TTL: Final = 4  # some output sends the incoming TTL less 1
+ENTRY: Final = np.dtype([("first_route", "<u4"), ("routes", "<u4"), ("flags", "<u4"), ("pad", "<u4")])
+ROUTE: Final = np.dtype([("rule", "<u4"), ("first_output", "<u4"), ("outputs", "<u4"), ("pad", "<u4")])
+OUTPUT_CONNECTED: Final = 1
+OUTPUT_PRESERVE_SOURCE: Final = 2
+OUTPUT_TTL_DECREMENT: Final = 4
+OUTPUT: Final = np.dtype(
+    [
+        ("addr", "<u4"),  # network byte order, as sockaddr_in has it
+        ("port", "<u2"),  # network byte order
+        ("flags", "<u2"),
+        ("socket", "<i4"),  # index into the worker's table of egress descriptors
+        ("gso_segment_bytes_max", "<i4"),  # MTU less headers
+    ]
+)
+# An egress socket of this relay. `addr` 0: it preserves sources, so `dst` and `dport` decide.
+OWN_SOURCE: Final = np.dtype(
+    [("addr", "<u4"), ("dst", "<u4"), ("port", "<u2"), ("dport", "<u2"), ("used", "<u4")]
+)
+RULE_NAME_BYTES_MAX: Final = 64
+LOG_RULE_NAME_BYTES_MAX: Final = 20  # a log record's pair holds no more
+RULE_NAME: Final = np.dtype([("length", "<i4"), ("name", "u1", (LOG_RULE_NAME_BYTES_MAX,))])
+
+# --- counters: written by one worker, read by anyone --------------------------------------------
+
+
+class DropCause(IntEnum):
+    """Why a datagram did not leave. The names are those of metrics, logs and mcrctl."""
+
+    NONE = 0
+    TRUNCATED = 1  # larger than a slot, and the kernel's copy queue had no room
+    PARSE_ERROR = 2  # headers that contradict each other or the frame's length
+    FRAGMENT = 3  # an IP fragment that the kernel did not reassemble
+    CHECKSUM = 4  # IP or UDP checksum wrong
+    NO_MATCH = 5  # no rule for it
+    OWN_EGRESS = 6  # sent by this relay itself
+    TTL = 7  # decrement reached 0
+    EGRESS_FULL = 8  # the socket buffer or the device queue had no room
+    SEND_ERROR = 9  # the kernel refused: errno is counted beside
+    RING_FULL = 10  # the kernel found no free slot; counted by the kernel, kept by the supervisor
+
+
+DROP_CAUSES: Final = 16  # room for causes to come
+ERRNO_MAX: Final = 134  # asm-generic/errno.h ends at EHWPOISON 133
+RULES_MAX: Final = 16_384
+OUTPUTS_MAX: Final = 32_768
+RINGS_MAX: Final = 16  # ingress interfaces of one relay
+
+STATS_MAGIC: Final = 0x3153_5441_5453_434D  # "MCSTATS1"
+STATS_HEADER: Final = np.dtype(
+    {
+        "names": [
+            "magic",
+            "core",
+            "pid",
+            "doorbell",
+            "heartbeat_ns",
+            "generation_seen",
+            "packets_in",
+            "bytes_in",
+            "packets_matched",
+            "bytes_matched",
+            "packets_relayed",
+            "bytes_relayed",
+            "deliveries",
+            "passes",
+            "wakeups",
+            "sends",
+            "drops",
+            "ring_cursor",
+            "ring_fill_max",
+            "errno_counts",
+        ],
+        "formats": [
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            "<i8",
+            ("<i8", (DROP_CAUSES,)),
+            ("<i8", (RINGS_MAX,)),
+            ("<i8", (RINGS_MAX,)),
+            ("<i8", (ERRNO_MAX,)),
+        ],
+        # The doorbell is the supervisor's line; the rest is the worker's.
+        "offsets": [0, 8, 16, 64, 128, 136, 192, 200, 208, 216, 224, 232, 240, 248, 256, 264]
+        + [320, 448, 576, 704],
+        "itemsize": 4096,
+    }
+)
+RULE_STATS: Final = np.dtype([("packets", "<i8"), ("bytes", "<i8"), ("last_ns", "<i8"), ("pad", "<i8")])
+OUTPUT_STATS: Final = np.dtype(
+    [
+        ("packets", "<i8"),
+        ("bytes", "<i8"),
+        ("drops_ttl", "<i8"),
+        ("drops_full", "<i8"),
+        ("drops_error", "<i8"),
+        ("last_errno", "<i8"),
+        ("pad", "<i8", (2,)),
+    ]
+)
+STATS_RULES_OFFSET: Final = STATS_HEADER.itemsize
+STATS_OUTPUTS_OFFSET: Final = STATS_RULES_OFFSET + RULES_MAX * RULE_STATS.itemsize
+STATS_BYTES: Final = STATS_OUTPUTS_OFFSET + OUTPUTS_MAX * OUTPUT_STATS.itemsize
+
+
+def offset_of(layout: np.dtype, field: str) -> int:  # type: ignore[type-arg]
+    """The byte offset of `field` in `layout`."""
+    fields = layout.fields
+    assert fields is not None
+    return int(fields[field][1])
