@@ -5,8 +5,9 @@ Written by the compiled loop with typed arguments, rendered by whoever reads the
 
 from typing import Final
 
+from relay.dataplane.layout import DropCause
+
 FIRST_PACKET: Final = 1
-DROPS: Final = 2
 GSO_REFUSED: Final = 3
 SENT: Final = 4
 RECEIVED: Final = 5
@@ -21,4 +22,9 @@ FORMATS: Final[dict[int, str]] = {
     RECEIVED: "Received {4:d} datagrams, {5:d} bytes from {0:ip}:{1:port} to {2:ip}:{3:port}",
     RING_FILL_ABOVE: "Ring {0:d} is over {1:d}% full",
     RING_FILL_BELOW: "Ring {0:d} is back under {1:d}%",
+    **{
+        DROPS_BY_CAUSE_FIRST + cause: f"Dropped {{0:d}} datagrams: {cause.name.lower()} ({{1:d}} since start)"
+        for cause in DropCause
+        if cause is not DropCause.NONE
+    },
 }

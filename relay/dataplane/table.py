@@ -1,0 +1,234 @@
+"""The rule table: compiled from rules by the supervisor, mapped read-only by every worker.
+
+Each generation is a sealed memory file of its own, as large as its rules need. Workers go over to a new one
+between two passes, so no packet ever sees half a change.
+"""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from relay.dataplane import layout
+from relay.dataplane.match import hash_key
+from relay.dataplane.memory import TABLE_ENTRIES_MAX, Table
+from relay.errors import RuleError
+
+F_ADD_SEALS = 1033  # linux/fcntl.h
+F_SEALS = 0x0001 | 0x0002 | 0x0004 | 0x0008  # F_SEAL_SEAL | SHRINK | GROW | WRITE
+ALIGNMENT_BYTES = 64
+
+# The arrays behind the header: their count's name in TABLE_HEADER and their layout, in file order.
+SECTIONS: tuple[tuple[str, Any], ...] = (
+    ("key_slots", layout.KEY),
+    ("entries", layout.ENTRY),
+    ("routes", layout.ROUTE),
+    ("route_outputs", np.dtype("<u4")),
+    ("outputs", layout.OUTPUT),
+    ("own_slots", layout.OWN_SOURCE),
+    ("rules", layout.RULE_NAME),
+)
+
+
+@dataclass(frozen=True)
+class TableOutput:
+    """An output as the data plane needs it. Addresses and ports in host order."""
+
+    slot: int  # of its counters
+    address: int
+    port: int
+    socket: int  # number of the egress socket
+    gso_segment_bytes_max: int
+    connected: bool
+    ttl_decrement: bool
+
+
+@dataclass(frozen=True)
+class TableRule:
+    """A rule as the data plane needs it."""
+
+    slot: int  # of its counters
+    name: str
+    group: int
+    port: int
+    source: int  # 0: any
+    rings: tuple[int, ...]  # ingress interfaces, by number
+    preserve_source: bool
+    outputs: tuple[TableOutput, ...]
+
+
+@dataclass(frozen=True)
+class OwnSource:
+    """An egress socket of this relay; `address` 0 when it preserves sources."""
+
+    address: int
+    port: int
+    destination: int
+    destination_port: int
+
+
+@dataclass
+class _Entry:
+    rules: list[TableRule] = field(default_factory=list)
+    has_sources: bool = False
+
+
+_Key = tuple[int, int, int, int]  # destination, port, ring, source
+
+
+def _power_of_two_above(count: int) -> int:
+    return 1 << max(4, (count * 2).bit_length())
+
+
+def _entries(rules: Iterable[TableRule]) -> dict[_Key, _Entry]:
+    """Group rules by key. An entry with a source holds the rules without one, too."""
+    entries: dict[_Key, _Entry] = {}
+    for rule in rules:
+        for ring in rule.rings:
+            if rule.source:
+                wildcard = entries.setdefault((rule.group, rule.port, ring, 0), _Entry())
+                wildcard.has_sources = True
+            entries.setdefault((rule.group, rule.port, ring, rule.source), _Entry()).rules.append(rule)
+    for (group, port, ring, source), entry in entries.items():
+        if source:
+            entry.rules += entries[group, port, ring, 0].rules
+    return entries
+
+
+def _hash_keys(keys: Sequence[_Key]) -> Any:
+    table = np.zeros(_power_of_two_above(len(keys)), layout.KEY)
+    table["entry"] = -1
+    mask = len(table) - 1
+    used = np.zeros(len(table), bool)
+    for index, (group, port, ring, source) in enumerate(keys):
+        slot = hash_key.py_func(group, port, ring, source) & mask
+        while used[slot]:
+            slot = (slot + 1) & mask
+        used[slot] = True
+        table[slot] = (group, source, port, ring, index)
+    return table
+
+
+def _hash_own(own: Sequence[OwnSource]) -> Any:
+    table = np.zeros(_power_of_two_above(len(own)), layout.OWN_SOURCE)
+    mask = len(table) - 1
+    used = np.zeros(len(table), bool)
+    for source in own:
+        slot = hash_key.py_func(0, source.port, 0, 0) & mask
+        while used[slot]:
+            slot = (slot + 1) & mask
+        used[slot] = True
+        table[slot] = (source.address, source.destination, source.port, source.destination_port, 1)
+    return table
+
+
+def _swap16(value: int) -> int:
+    return int.from_bytes(value.to_bytes(2, "big"), "little")
+
+
+def _swap32(value: int) -> int:
+    return int.from_bytes(value.to_bytes(4, "big"), "little")
+
+
+def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generation: int) -> bytes:
+    """Compile rules to the bytes of a table.
+
+    Raises RuleError when they are more than the tables of a worker hold.
+    """
+    grouped = _entries(rules)
+    if len(grouped) > TABLE_ENTRIES_MAX:
+        raise RuleError(f"{len(grouped)} distinct inputs are over the limit of {TABLE_ENTRIES_MAX}")
+    entries = np.zeros(len(grouped), layout.ENTRY)
+    routes: list[tuple[int, int, int, int]] = []
+    route_outputs: list[int] = []
+    first_output: dict[int, int] = {}
+    outputs_used = 1 + max((output.slot for rule in rules for output in rule.outputs), default=-1)
+    rules_used = 1 + max((rule.slot for rule in rules), default=-1)
+    outputs = np.zeros(max(outputs_used, 1), layout.OUTPUT)
+    names = np.zeros(max(rules_used, 1), layout.RULE_NAME)
+
+    for rule in rules:
+        name = rule.name.encode()[: layout.LOG_RULE_NAME_BYTES_MAX]
+        names[rule.slot]["length"] = len(name)
+        names[rule.slot]["name"][: len(name)] = np.frombuffer(name, np.uint8)
+        first_output[rule.slot] = len(route_outputs)
+        for output in rule.outputs:
+            flags = layout.OUTPUT_CONNECTED if output.connected else 0
+            flags |= layout.OUTPUT_PRESERVE_SOURCE if rule.preserve_source else 0
+            flags |= layout.OUTPUT_TTL_DECREMENT if output.ttl_decrement else 0
+            outputs[output.slot] = (
+                _swap32(output.address),
+                _swap16(output.port),
+                flags,
+                output.socket,
+                output.gso_segment_bytes_max,
+            )
+            route_outputs.append(output.slot)
+
+    for index, entry in enumerate(grouped.values()):
+        flags = layout.ENTRY_HAS_SOURCES if entry.has_sources else 0
+        if any(rule.preserve_source for rule in entry.rules):
+            flags |= layout.ENTRY_VARIES_BY_SOURCE
+        if any(output.ttl_decrement for rule in entry.rules for output in rule.outputs):
+            flags |= layout.ENTRY_VARIES_BY_TTL
+        entries[index] = (len(routes), len(entry.rules), flags, 0)
+        routes += [(rule.slot, first_output[rule.slot], len(rule.outputs), 0) for rule in entry.rules]
+
+    arrays = (
+        _hash_keys(list(grouped)),
+        entries,
+        np.array(routes, layout.ROUTE),
+        np.array(route_outputs, np.dtype("<u4")),
+        outputs,
+        _hash_own(own),
+        names,
+    )
+    header = np.zeros(1, layout.TABLE_HEADER)
+    header["magic"] = layout.TABLE_MAGIC
+    header["generation"] = generation
+    for (count_name, _), array in zip(SECTIONS, arrays, strict=True):
+        header[count_name] = len(array)
+    parts = [header.tobytes(), *(array.tobytes() for array in arrays)]
+    return b"".join(part.ljust(-(-len(part) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, b"\0") for part in parts)
+
+
+def publish(table: bytes) -> int:
+    """A sealed memory file with the table; the caller passes the descriptor on and closes it."""
+    fd = os.memfd_create("mcr_rules", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(table)
+        while view:
+            view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def map_table(fd: int) -> tuple[Table, int]:
+    """Map a published table, its pages present; return its views and its generation.
+
+    Raises ValueError when the file is no table.
+    """
+    size = os.fstat(fd).st_size
+    mapped = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+    return view_table(mapped)
+
+
+def view_table(buffer: Any) -> tuple[Table, int]:
+    """The views of a table's bytes. Raises ValueError when they are no table."""
+    header = np.frombuffer(buffer, layout.TABLE_HEADER, count=1)[0]
+    if header["magic"] != layout.TABLE_MAGIC:
+        raise ValueError("not a rule table")
+    at = -(-layout.TABLE_HEADER.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    views = []
+    for count_name, dtype in SECTIONS:
+        count = int(header[count_name])
+        views.append(np.frombuffer(buffer, dtype, count=count, offset=at))
+        at += -(-count * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return Table(*views), int(header["generation"])
