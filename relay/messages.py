@@ -131,3 +131,78 @@ class Configure(msgspec.Struct, tag=True):
 
 ToSupervisor = ApplyRules | GetStats | ListWorkers | LogLevel
 ToControlPlane = Stats | Workers | Levels | Done | Refused | Restore | Configure
+
+
+# --- supervisor ↔ template: SOCK_SEQPACKET, relay/descriptors.py ------------------------------------
+
+
+class Spawn(msgspec.Struct, tag=True):
+    """Fork a worker pinned to `core`. Descriptor: the worker's end of its channel."""
+
+    core: int
+    instance: str | None
+    idle: str
+
+
+class Spawned(msgspec.Struct, tag=True):
+    core: int
+    pid: int
+
+
+class Exited(msgspec.Struct, tag=True):
+    """A worker ended; `status` as from waitpid."""
+
+    core: int
+    pid: int
+    status: int
+
+
+class TemplateReady(msgspec.Struct, tag=True):
+    """The compiled code is loaded and privileges are dropped: workers can be forked."""
+
+
+# --- supervisor → worker ---------------------------------------------------------------------------
+
+
+class AddRing(msgspec.Struct, tag=True):
+    """Read this ring as number `index`. Descriptor: the packet socket."""
+
+    index: int
+    frame_bytes: int
+    frame_count: int
+
+
+class RemoveRing(msgspec.Struct, tag=True):
+    index: int
+
+
+class SetSockets(msgspec.Struct, tag=True):
+    """Use these egress sockets from now on. Descriptors: one a number."""
+
+    numbers: tuple[int, ...]
+
+
+class CloseSockets(msgspec.Struct, tag=True):
+    numbers: tuple[int, ...]
+
+
+class SetTable(msgspec.Struct, tag=True):
+    """Go over to this rule table. Descriptor: its memory file."""
+
+    generation: int
+
+
+class Started(msgspec.Struct, tag=True):
+    """Worker → supervisor: set up, the compiled loop runs."""
+
+
+class TableInUse(msgspec.Struct, tag=True):
+    """Worker → supervisor: no packet is handled by an older table any more."""
+
+    generation: int
+
+
+ToTemplate = Spawn
+FromTemplate = Spawned | Exited | TemplateReady
+ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable
+FromWorker = Started | TableInUse

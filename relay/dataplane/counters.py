@@ -1,0 +1,76 @@
+"""The stats segment of a worker, `mcr_dp_c{core}_stats`: written by that worker, read by anyone allowed to.
+
+The supervisor creates it before the worker starts and removes it at the end; it outlives restarts of the worker,
+so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX].
+"""
+
+import mmap
+import os
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import posix_ipc
+
+from relay.dataplane import layout
+
+
+def segment_name(core: int, instance: str | None) -> str:
+    """The shm name of a worker's stats segment."""
+    return f"mcr_{instance}_dp_c{core}_stats" if instance else f"mcr_dp_c{core}_stats"
+
+
+class StatsSegment:
+    """A mapped stats segment. A context manager; the creator also unlinks it."""
+
+    def __init__(self, name: str, fd: int, owner: bool) -> None:
+        self.name = name
+        self._owner = owner
+        try:
+            self._map = mmap.mmap(fd, layout.STATS_BYTES)
+        finally:
+            os.close(fd)
+        self.bytes: Any = np.frombuffer(self._map, np.uint8)
+        rules_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
+        self.header: Any = self.bytes[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER)[0]
+        self.rules: Any = self.bytes[layout.STATS_RULES_OFFSET : rules_end].view(layout.RULE_STATS)
+        self.outputs: Any = self.bytes[layout.STATS_OUTPUTS_OFFSET :].view(layout.OUTPUT_STATS)
+
+    @classmethod
+    def create(cls, core: int, instance: str | None, uid: int, gid: int) -> Self:
+        """Create, allocate and hand over to the worker's user.
+
+        Raises OSError when /dev/shm has no room, posix_ipc.ExistentialError when the name is taken.
+        """
+        name = segment_name(core, instance)
+        shm = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+        try:
+            os.posix_fallocate(shm.fd, 0, layout.STATS_BYTES)
+            os.fchown(shm.fd, uid, gid)
+        except OSError:
+            posix_ipc.unlink_shared_memory(f"/{name}")
+            raise
+        segment = cls(name, shm.fd, owner=True)
+        segment.header["magic"] = layout.STATS_MAGIC
+        segment.header["core"] = core
+        return segment
+
+    @classmethod
+    def attach(cls, core: int, instance: str | None) -> Self:
+        """Map an existing segment. Raises posix_ipc.ExistentialError when there is none."""
+        name = segment_name(core, instance)
+        return cls(name, posix_ipc.SharedMemory(f"/{name}").fd, owner=False)
+
+    def close(self) -> None:
+        """Unlink the segment if this process made it. The mapping ends with the last view."""
+        if self._owner:
+            posix_ipc.unlink_shared_memory(f"/{self.name}")
+            self._owner = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,88 @@
+"""Typed messages with file descriptors over a SOCK_SEQPACKET socket pair: supervisor ↔ template, workers.
+
+One message a packet, msgpack, its descriptors as SCM_RIGHTS. What the receiver does not expect is an error
+that closes the descriptors that came along.
+"""
+
+import array
+import os
+import socket
+from typing import Generic, TypeVar
+
+import msgspec
+
+PACKET_BYTES_MAX = 65_536
+DESCRIPTORS_MAX = 200  # a message; the kernel's limit is SCM_MAX_FD, 253
+
+Incoming = TypeVar("Incoming")
+
+
+class ChannelClosedError(Exception):
+    """The other side is gone."""
+
+
+class Channel(Generic[Incoming]):
+    """One end of a socket pair. `incoming` is the union of message types that may arrive here."""
+
+    def __init__(self, end: socket.socket, incoming: type[Incoming]) -> None:
+        self._socket = end
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(incoming)
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._socket.fileno()
+
+    def send(self, message: msgspec.Struct, descriptors: list[int] | None = None) -> None:
+        """Send one message. Raises ChannelClosedError when nobody is left to read it."""
+        payload = self._encoder.encode(message)
+        assert len(payload) <= PACKET_BYTES_MAX
+        try:
+            if descriptors:
+                assert len(descriptors) <= DESCRIPTORS_MAX
+                socket.send_fds(self._socket, [payload], descriptors)
+            else:
+                self._socket.send(payload)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ChannelClosedError from error
+
+    def receive(self) -> tuple[Incoming, list[int]]:
+        """Receive one message and its descriptors, which the caller then owns.
+
+        Raises ChannelClosedError at the end of the stream, BlockingIOError when none waits on a
+        non-blocking socket, and msgspec.ValidationError for a message of another shape.
+        """
+        descriptors = array.array("i")
+        try:
+            payload, control, flags, _ = self._socket.recvmsg(
+                PACKET_BYTES_MAX, socket.CMSG_SPACE(DESCRIPTORS_MAX * descriptors.itemsize)
+            )
+        except ConnectionResetError as error:
+            raise ChannelClosedError from error
+        for level, kind, data in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+        owned = list(descriptors)
+        if not payload:
+            raise ChannelClosedError
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise msgspec.ValidationError("message or descriptors were cut")
+            return self._decoder.decode(payload), owned
+        except msgspec.MsgspecError:
+            for descriptor in owned:
+                os.close(descriptor)
+            raise
+
+    def close(self) -> None:
+        """Close this end; the other side sees the end of the stream."""
+        self._socket.close()
+
+
+def channel_pair(
+    ours: type[Incoming], non_blocking: bool = True
+) -> tuple[Channel[Incoming], socket.socket]:
+    """A channel that receives `ours`, and the raw other end to hand over."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.setblocking(not non_blocking)
+    return Channel(near, ours), far
