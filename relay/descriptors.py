@@ -79,9 +79,7 @@ class Channel(Generic[Incoming]):
         self._socket.close()
 
 
-def channel_pair(
-    ours: type[Incoming], non_blocking: bool = True
-) -> tuple[Channel[Incoming], socket.socket]:
+def channel_pair(ours: type[Incoming], non_blocking: bool = True) -> tuple[Channel[Incoming], socket.socket]:
     """A channel that receives `ours`, and the raw other end to hand over."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.setblocking(not non_blocking)

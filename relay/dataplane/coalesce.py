@@ -8,9 +8,9 @@ waits. Closing sends it through every output of its entry, so those outputs shar
 from typing import Any
 
 import numpy as np
+from logging_shm.compiled import write_event
 from numba import njit
 
-from logging_shm.compiled import write_event
 from relay.dataplane import events
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,

@@ -270,8 +270,13 @@ STATS_HEADER: Final = np.dtype(
             ("<i8", (ERRNO_MAX,)),
         ],
         # The doorbell is the supervisor's line; the rest is the worker's.
-        "offsets": [0, 8, 16, 64, 128, 136, 192, 200, 208, 216, 224, 232, 240, 248, 256, 264]
-        + [320, 448, 576, 704],
+        "offsets": [
+            *(0, 8, 16),
+            *(64,),
+            *(128, 136),
+            *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264),
+            *(320, 448, 576, 704),
+        ],
         "itemsize": 4096,
     }
 )

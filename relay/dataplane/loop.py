@@ -3,18 +3,18 @@
     packet ring ─▶ read_frame ─▶ match ─▶ add ─▶ drain ─▶ release
     (ring.py)      (parse.py)   (match)  (coalesce)  (send)  (ring)
 
-A pass takes what the rings hold, at most PASS_FRAMES_MAX frames of each, sends it, and only then gives the
-slots back, so a worker that dies in a pass leaves its frames in the ring for the next one. The loop returns to
-the interpreter for a message from the supervisor, never for a packet.
+A pass takes what the rings hold, at most PASS_FRAMES_MAX frames of each, sends it, and only then gives
+the slots back, so a worker that dies in a pass leaves its frames in the ring for the next one. The loop
+returns to the interpreter for a message from the supervisor, never for a packet.
 """
 
 from typing import Any
 
 import numpy as np
+from logging_shm.compiled import write_event
 from numba import njit
 
 from logging_shm.atomics import load_acquire_i64, load_i64, store_release_i64
-from logging_shm.compiled import write_event
 from relay.dataplane import events
 from relay.dataplane.coalesce import add, drain, log_first_packets
 from relay.dataplane.layout import (
@@ -102,8 +102,8 @@ def relay_frame(m: Any, t: Any, ring_index: int, slot: int) -> None:
     if m.state[0].trace:
         write_event(
             m.log_ingress, SEVERITY_DEBUG, events.RECEIVED, 0,
-            np.int64(datagram.src), np.int64(datagram.sport), np.int64(datagram.dst), np.int64(datagram.dport),
-            np.int64(datagram.datagrams), np.int64(datagram.payload_bytes), t.rule_names[0].name, 0,
+            np.int64(datagram.src), np.int64(datagram.sport), np.int64(datagram.dst),
+            np.int64(datagram.dport), np.int64(datagram.datagrams), np.int64(datagram.payload_bytes), t.rule_names[0].name, 0,
         )  # fmt: skip
     log_first_packets(m, t, entry, datagram)
     add(m, t, entry, datagram)

@@ -12,6 +12,7 @@ import errno
 from typing import Any
 
 import numpy as np
+from logging_shm.compiled import enabled, write_event
 from numba import njit
 
 from logging_shm.atomics import (
@@ -21,7 +22,6 @@ from logging_shm.atomics import (
     store_release_u32,
     store_u16,
 )
-from logging_shm.compiled import enabled, write_event
 from relay.dataplane import events
 from relay.dataplane.layout import (
     CMSG_IP_PKTINFO_BYTES,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
-from relay.dataplane import layout, loop, memory
+from relay.dataplane import loop, memory
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
 from relay.dataplane.ring import find_cursor

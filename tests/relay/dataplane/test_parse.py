@@ -1,0 +1,115 @@
+"""The parser against frames that scapy builds, and against itself on frames that are cut."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scapy.layers.inet import IP, UDP, IPOption
+from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
+from scapy.packet import Packet, Raw
+
+from relay.dataplane.layout import DATAGRAM, DropCause
+from relay.dataplane.parse import parse
+
+
+def run_parse(
+    frame: bytes, gso_type: int = 0, gso_size: int = 0, trusted: bool = False
+) -> tuple[int, np.void]:
+    memory = np.frombuffer(frame, np.uint8).copy()
+    datagram = np.zeros(1, DATAGRAM)
+    cause = parse(memory.ctypes.data, len(memory), gso_type, gso_size, trusted, datagram[0])
+    if cause == DropCause.NONE:
+        offset = int(datagram[0]["payload"]) - memory.ctypes.data
+        assert offset >= 0
+        assert offset + int(datagram[0]["payload_bytes"]) <= len(frame)
+        datagram[0]["payload"] = offset
+    return cause, datagram[0]
+
+
+def udp(payload: bytes, **ip: object) -> Packet:
+    return IP(src="10.0.0.7", dst="239.1.1.1", ttl=9, **ip) / UDP(sport=4000, dport=5000) / Raw(payload)
+
+
+ETHER = Ether(dst="01:00:5e:01:01:01", src="02:00:00:00:00:01")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        ETHER / udp(b"payload"),
+        ETHER / Dot1Q(vlan=7) / udp(b"payload"),
+        ETHER / Dot1AD(vlan=7) / Dot1Q(vlan=8) / udp(b"payload"),
+        ETHER / udp(b"payload", options=[IPOption(b"\x94\x04\x00\x00")]),
+        ETHER / udp(b"payload") / Raw(b""),
+    ],
+    ids=["plain", "vlan", "qinq", "ip-options", "no-padding"],
+)
+def test_datagram_is_found_behind_tags_and_options(frame: Packet) -> None:
+    raw = bytes(frame)
+    cause, datagram = run_parse(raw)
+    assert cause == DropCause.NONE
+    assert raw[datagram["payload"] :][: datagram["payload_bytes"]] == b"payload"
+    assert (datagram["src"], datagram["dst"]) == (0x0A000007, 0xEF010101)
+    assert (datagram["sport"], datagram["dport"], datagram["ttl"]) == (4000, 5000, 9)
+
+
+def test_ethernet_padding_is_not_payload() -> None:
+    cause, datagram = run_parse(bytes(ETHER / udp(b"x")) + bytes(17))
+    assert (cause, datagram["payload_bytes"]) == (DropCause.NONE, 1)
+
+
+def test_super_frame_counts_its_datagrams() -> None:
+    raw = bytes(ETHER / udp(bytes(2500)))
+    cause, datagram = run_parse(raw, gso_type=5, gso_size=1000, trusted=True)
+    assert (cause, datagram["datagrams"], datagram["segment_bytes"]) == (DropCause.NONE, 3, 1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"version": 6}, DropCause.PARSE_ERROR),
+        ({"ihl": 4}, DropCause.PARSE_ERROR),
+        ({"proto": 6}, DropCause.PARSE_ERROR),
+        ({"len": 20}, DropCause.PARSE_ERROR),
+        ({"len": 60_000}, DropCause.PARSE_ERROR),
+        ({"flags": "MF"}, DropCause.FRAGMENT),
+        ({"frag": 3}, DropCause.FRAGMENT),
+        ({"chksum": 1}, DropCause.CHECKSUM),
+    ],
+)
+def test_wrong_ip_header_is_dropped_under_its_cause(change: dict[str, object], cause: DropCause) -> None:
+    frame = bytes(ETHER / IP(src="10.0.0.7", dst="239.1.1.1", **change) / UDP(dport=5000) / Raw(b"payload"))
+    assert run_parse(frame)[0] == cause
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"len": 7}, DropCause.PARSE_ERROR),
+        ({"len": 900}, DropCause.PARSE_ERROR),
+        ({"chksum": 1}, DropCause.CHECKSUM),
+    ],
+)
+def test_wrong_udp_header_is_dropped_under_its_cause(change: dict[str, object], cause: DropCause) -> None:
+    datagram = UDP(sport=4000, dport=5000, **change) / Raw(b"payload")
+    assert run_parse(bytes(ETHER / IP(dst="239.1.1.1") / datagram))[0] == cause
+
+
+@given(payload=st.binary(max_size=3000))
+@settings(max_examples=200, deadline=None)
+def test_checksum_of_any_payload_is_verified(payload: bytes) -> None:
+    frame = bytearray(bytes(ETHER / udp(payload)))
+    assert run_parse(bytes(frame))[0] == DropCause.NONE
+    if payload:
+        frame[-1] ^= 1
+        assert run_parse(bytes(frame))[0] == DropCause.CHECKSUM
+
+
+@given(data=st.data())
+@settings(max_examples=500, deadline=None)
+def test_mutated_frames_never_yield_bytes_outside_the_frame(data: st.DataObject) -> None:
+    frame = bytearray(bytes(ETHER / Dot1Q(vlan=7) / udp(b"payload" * 9)))
+    for _ in range(data.draw(st.integers(0, 6))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(frame[: data.draw(st.integers(0, len(frame)))])
+    run_parse(cut, data.draw(st.integers(0, 6)), data.draw(st.integers(0, 70_000)), data.draw(st.booleans()))
