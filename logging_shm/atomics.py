@@ -8,9 +8,13 @@ plain ones need not be. Every signed or unsigned width up to 32 bits promotes to
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+# Arithmetic of compiled code is int64 throughout; to a type checker its results are Any.
+int64: Any = np.int64
 
 
 def _load(width: int, numba_type: Any, ordering: str | None) -> Any:

@@ -6,10 +6,10 @@ of the state, then moves the cursor. A full ring refuses the record and counts i
 
 from typing import Any
 
-import numpy as np
 from numba import njit, types
 
 from logging_shm.atomics import (
+    int64,
     load_acquire_i64,
     load_acquire_u32,
     load_i64,
@@ -67,7 +67,7 @@ KEY_RULE = int.from_bytes(b"rule", "little")
 @njit(cache=True, nogil=True)
 def enabled(segment: Any, severity: int) -> bool:
     """Whether records of this severity are wanted: one load and a branch."""
-    return (np.int64(load_acquire_u32(segment.ctypes.data + LEVEL_MASK)) >> severity) & 1 != 0
+    return (int64(load_acquire_u32(segment.ctypes.data + LEVEL_MASK)) >> severity) & 1 != 0
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""The manager: a worker's four rings from the supervisor's side. It creates them, and unlinks them at the end."""
+"""The manager: a worker's four rings from the supervisor's side: created here, unlinked here at the end."""
 
 from collections.abc import Mapping
 from types import TracebackType

@@ -139,9 +139,8 @@ class SharedSPSCRingBuffer:
     def dropped(self) -> int:
         """Records refused since the last call."""
         (total,) = _I64.unpack_from(self._memory, _DROPPED)
-        new = max(total - self.dropped_seen, 0)
-        self.dropped_seen = int(total)
-        return new
+        seen, self.dropped_seen = self.dropped_seen, int(total)
+        return max(self.dropped_seen - seen, 0)
 
     def decode(self, record: bytes) -> LogEntry:
         """An entry from the 256 bytes of a record, whatever they are."""

@@ -7,7 +7,7 @@ that closes the descriptors that came along.
 import array
 import os
 import socket
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -24,7 +24,7 @@ class ChannelClosedError(Exception):
 class Channel(Generic[Incoming]):
     """One end of a socket pair. `incoming` is the union of message types that may arrive here."""
 
-    def __init__(self, end: socket.socket, incoming: type[Incoming]) -> None:
+    def __init__(self, end: socket.socket, incoming: Any) -> None:
         self._socket = end
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(incoming)
@@ -79,7 +79,7 @@ class Channel(Generic[Incoming]):
         self._socket.close()
 
 
-def channel_pair(ours: type[Incoming], non_blocking: bool = True) -> tuple[Channel[Incoming], socket.socket]:
+def channel_pair(ours: Any, non_blocking: bool = True) -> tuple[Channel[Incoming], socket.socket]:
     """A channel that receives `ours`, and the raw other end to hand over."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.setblocking(not non_blocking)

@@ -7,10 +7,10 @@ waits. Closing sends it through every output of its entry, so those outputs shar
 
 from typing import Any
 
-import numpy as np
-from logging_shm.compiled import write_event
 from numba import njit
 
+from logging_shm.atomics import int64
+from logging_shm.compiled import write_event
 from relay.dataplane import events
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,
@@ -37,9 +37,9 @@ def close_batch(m: Any, t: Any, batch_index: int) -> None:
         m.rule_stats[route.rule].packets += batch.datagrams
         m.rule_stats[route.rule].bytes += batch.bytes
         m.rule_stats[route.rule].last_ns = m.state[0].now_ns
-        m.stats[0].deliveries += np.int64(batch.datagrams) * np.int64(route.outputs)
+        m.stats[0].deliveries += int64(batch.datagrams) * int64(route.outputs)
         for o in range(route.first_output, route.first_output + route.outputs):
-            send_batch(m, t, np.int64(t.route_outputs[o]), batch_index)
+            send_batch(m, t, int64(t.route_outputs[o]), batch_index)
     batch.sealed = 2
 
 
@@ -100,17 +100,17 @@ def add(m: Any, t: Any, entry_index: int, datagram: Any) -> None:
     A super-frame of more than UDP_SEGMENTS_MAX datagrams spans several batches.
     """
     state = m.state[0]
-    flags = np.int64(t.entries[entry_index].flags)
+    flags = int64(t.entries[entry_index].flags)
     batch_index = NO_BATCH
     if m.open_batch[entry_index, 0] == state.window:
         batch_index = m.open_batch[entry_index, 1]
         if not fits(m.batches[batch_index], flags, datagram):
             close_batch(m, t, batch_index)
             batch_index = NO_BATCH
-    left_bytes = np.int64(datagram.payload_bytes)
-    left = np.int64(datagram.datagrams)
-    payload = np.int64(datagram.payload)
-    segment_bytes = np.int64(datagram.segment_bytes)
+    left_bytes = int64(datagram.payload_bytes)
+    left = int64(datagram.datagrams)
+    payload = int64(datagram.payload)
+    segment_bytes = int64(datagram.segment_bytes)
     for _ in range(left):
         if batch_index == NO_BATCH:
             batch_index = open_batch(m, t, entry_index, datagram.src, datagram.ttl, segment_bytes)
@@ -145,5 +145,5 @@ def log_first_packets(m: Any, t: Any, entry_index: int, datagram: Any) -> None:
             name = t.rule_names[rule]
             write_event(
                 m.log_ingress, SEVERITY_INFO, events.FIRST_PACKET, 0,
-                np.int64(datagram.src), np.int64(datagram.sport), 0, 0, 0, 0, name.name, np.int64(name.length),
+                int64(datagram.src), int64(datagram.sport), 0, 0, 0, 0, name.name, int64(name.length),
             )  # fmt: skip

@@ -10,11 +10,10 @@ returns to the interpreter for a message from the supervisor, never for a packet
 
 from typing import Any
 
-import numpy as np
-from logging_shm.compiled import write_event
 from numba import njit
 
-from logging_shm.atomics import load_acquire_i64, load_i64, store_release_i64
+from logging_shm.atomics import int64, load_acquire_i64, load_i64, store_release_i64
+from logging_shm.compiled import write_event
 from relay.dataplane import events
 from relay.dataplane.coalesce import add, drain, log_first_packets
 from relay.dataplane.layout import (
@@ -76,7 +75,7 @@ def monotonic_ns(m: Any) -> int:
     """CLOCK_MONOTONIC in nanoseconds; a vDSO call, no system call."""
     address = m.timespec.ctypes.data
     clock_gettime(CLOCK_MONOTONIC, address)
-    return np.int64(load_i64(address)) * 1_000_000_000 + np.int64(load_i64(address + 8))
+    return int64(load_i64(address)) * 1_000_000_000 + int64(load_i64(address + 8))
 
 
 @njit(cache=True, nogil=True)
@@ -102,8 +101,9 @@ def relay_frame(m: Any, t: Any, ring_index: int, slot: int) -> None:
     if m.state[0].trace:
         write_event(
             m.log_ingress, SEVERITY_DEBUG, events.RECEIVED, 0,
-            np.int64(datagram.src), np.int64(datagram.sport), np.int64(datagram.dst),
-            np.int64(datagram.dport), np.int64(datagram.datagrams), np.int64(datagram.payload_bytes), t.rule_names[0].name, 0,
+            int64(datagram.src), int64(datagram.sport), int64(datagram.dst),
+            int64(datagram.dport), int64(datagram.datagrams), int64(datagram.payload_bytes),
+            t.rule_names[0].name, 0,
         )  # fmt: skip
     log_first_packets(m, t, entry, datagram)
     add(m, t, entry, datagram)
@@ -129,7 +129,7 @@ def take_frames(m: Any, t: Any, ring_index: int) -> int:
 @njit(cache=True, nogil=True)
 def run_pass(m: Any, t: Any) -> int:
     """One pass over all rings; return the number of frames."""
-    taken = np.int64(0)
+    taken = int64(0)
     for ring_index in range(RINGS_MAX):
         if m.rings[ring_index].active:
             taken += take_frames(m, t, ring_index)
@@ -150,7 +150,7 @@ def run_pass(m: Any, t: Any) -> int:
 def watch_fill(m: Any, ring_index: int) -> None:
     """Log when the ring's occupancy passes a level, and once when it is back under the lowest."""
     ring = m.rings[ring_index]
-    reached = np.int64(0)
+    reached = int64(0)
     for level in FILL_LEVELS_PERCENT:
         if is_filled(slot_address(ring, ring.frames * level // 100)):
             reached = level
@@ -193,7 +193,7 @@ def sleep_until_readable(m: Any, timeout_ms: int) -> bool:
     count = 1
     for ring_index in range(RINGS_MAX):
         ring = m.rings[ring_index]
-        if ring.active and ring.error == 0:
+        if ring.active:
             m.pollfds[count].fd = ring.fd
             m.pollfds[count].events = POLLIN
             count += 1

@@ -5,9 +5,9 @@ The table is compiled by the supervisor (table.py); here it is only read.
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
+from logging_shm.atomics import int64
 from relay.dataplane.layout import ENTRY_HAS_SOURCES
 
 NO_ENTRY = -1
@@ -34,7 +34,7 @@ def find_key(keys: Any, dst: int, port: int, ring: int, src: int) -> int:
         if key.entry < 0:
             return NO_ENTRY
         if key.dst == dst and key.port == port and key.ring == ring and key.src == src:
-            return np.int64(key.entry)
+            return int64(key.entry)
         slot = (slot + 1) & mask
     return NO_ENTRY
 

@@ -32,8 +32,6 @@ STATE = np.dtype(
         ("retries", "<i8"),
         # coalescing
         ("batches", "<i8"),
-        ("open_first", "<i8"),
-        ("open_last", "<i8"),
         ("window", "<i8"),  # numbers the spans between two drains; open_batch is valid for one
         # waiting
         ("control_fd", "<i8"),
@@ -61,7 +59,6 @@ RING = np.dtype(
         ("copy_next", "<i8"),
         ("copy_count", "<i8"),
         ("fill_level", "<i8"),  # the highest of FILL_LEVELS_PERCENT that was reported
-        ("error", "<i8"),
     ]
 )
 

@@ -6,10 +6,9 @@ Nothing outside [frame, frame + frame_bytes) is ever read.
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
-from logging_shm.atomics import load_u8, load_u16, load_u32
+from logging_shm.atomics import int64, load_u8, load_u16, load_u32
 from relay.dataplane.layout import VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_UDP_L4, DropCause
 
 ETH_HLEN = 14
@@ -32,7 +31,7 @@ CHECKSUM = int(DropCause.CHECKSUM)
 @njit(cache=True, nogil=True)
 def be16(address: int) -> int:
     """The big-endian 16-bit number at `address`, as int64."""
-    raw = np.int64(load_u16(address))
+    raw = int64(load_u16(address))
     return ((raw & 0xFF) << 8) | (raw >> 8)
 
 
@@ -45,16 +44,16 @@ def be32(address: int) -> int:
 @njit(cache=True, nogil=True)
 def ones_complement_sum(address: int, length: int) -> int:
     """RFC 1071 sum of `length` bytes at `address`, in memory byte order, folded to 16 bits."""
-    total = np.int64(0)
+    total = int64(0)
     words = length >> 2
     for i in range(words):
-        total += np.int64(load_u32(address + i * 4))
+        total += int64(load_u32(address + i * 4))
     end = address + words * 4
     if length & 2:
-        total += np.int64(load_u16(end))
+        total += int64(load_u16(end))
         end += 2
     if length & 1:
-        total += np.int64(load_u8(end))
+        total += int64(load_u8(end))
     for _ in range(4):  # 16 384 words of 32 bits fold in at most four steps
         total = (total & 0xFFFF) + (total >> 16)
     return total
@@ -95,7 +94,7 @@ def parse(  # noqa: PLR0911 - one return a cause keeps the order of checks visib
     if ethertype != ETH_P_IP or packet_bytes < IPV4_HEADER_BYTES_MIN + UDP_HLEN:
         return PARSE_ERROR
 
-    version_ihl = np.int64(load_u8(ip))
+    version_ihl = int64(load_u8(ip))
     header_bytes = (version_ihl & 0xF) * 4
     total_bytes = be16(ip + 2)
     if (
@@ -103,7 +102,7 @@ def parse(  # noqa: PLR0911 - one return a cause keeps the order of checks visib
         or header_bytes < IPV4_HEADER_BYTES_MIN
         or total_bytes < header_bytes + UDP_HLEN
         or total_bytes > packet_bytes
-        or np.int64(load_u8(ip + 9)) != IPPROTO_UDP
+        or int64(load_u8(ip + 9)) != IPPROTO_UDP
     ):
         return PARSE_ERROR
     if ones_complement_sum(ip, header_bytes) != 0xFFFF:
@@ -127,7 +126,7 @@ def parse(  # noqa: PLR0911 - one return a cause keeps the order of checks visib
     if not checksum_trusted and not udp_checksum_is_right(ip, udp, udp_bytes):
         return CHECKSUM
 
-    datagram.ttl = np.int64(load_u8(ip + 8))
+    datagram.ttl = int64(load_u8(ip + 8))
     datagram.src = be32(ip + 12)
     datagram.dst = be32(ip + 16)
     datagram.sport = be16(udp)

@@ -8,10 +8,9 @@ Source: Documentation/networking/packet_mmap.rst, net/packet/af_packet.c (tpacke
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
-from logging_shm.atomics import load_acquire_u32, load_u8, load_u16, load_u32, store_release_u32
+from logging_shm.atomics import int64, load_acquire_u32, load_u8, load_u16, load_u32, store_release_u32
 from relay.dataplane.layout import (
     PACKET_OTHERHOST,
     SOCKADDR_LL,
@@ -50,7 +49,7 @@ def slot_address(ring: Any, position: int) -> int:
 @njit(cache=True, nogil=True)
 def is_filled(slot: int) -> bool:
     """Whether the kernel has handed this slot over."""
-    return (np.int64(load_acquire_u32(slot)) & TP_STATUS_USER) != 0
+    return (int64(load_acquire_u32(slot)) & TP_STATUS_USER) != 0
 
 
 @njit(cache=True, nogil=True)
@@ -69,11 +68,11 @@ def copy_is_of_slot(m: Any, ring_index: int, slot: int) -> bool:
     """Whether the next fetched frame is the one whose beginning `slot` holds."""
     ring = m.rings[ring_index]
     copy = m.copy_iovecs[ring_index, ring.copy_next].iov_base + VNET_BYTES
-    copy_bytes = np.int64(m.copy_mmsg[ring_index, ring.copy_next].msg_len) - VNET_BYTES
-    if copy_bytes != np.int64(load_u32(slot + TP_LEN)):
+    copy_bytes = int64(m.copy_mmsg[ring_index, ring.copy_next].msg_len) - VNET_BYTES
+    if copy_bytes != int64(load_u32(slot + TP_LEN)):
         return False
-    head = slot + np.int64(load_u16(slot + TP_MAC))
-    compared_bytes = min(np.int64(load_u32(slot + TP_SNAPLEN)), COMPARED_BYTES_MAX)
+    head = slot + int64(load_u16(slot + TP_MAC))
+    compared_bytes = min(int64(load_u32(slot + TP_SNAPLEN)), COMPARED_BYTES_MAX)
     for i in range(compared_bytes):
         if load_u8(head + i) != load_u8(copy + i):
             return False
@@ -84,35 +83,35 @@ def copy_is_of_slot(m: Any, ring_index: int, slot: int) -> bool:
 def needs_fetch(m: Any, ring_index: int, slot: int) -> bool:
     """Whether the frame of `slot` is a copy and the arena has none left: drain, then `fetch_copies`."""
     ring = m.rings[ring_index]
-    return (np.int64(load_u32(slot)) & TP_STATUS_COPY) != 0 and ring.copy_next >= ring.copy_count
+    return (int64(load_u32(slot)) & TP_STATUS_COPY) != 0 and ring.copy_next >= ring.copy_count
 
 
 @njit(cache=True, nogil=True)
 def read_frame(m: Any, ring_index: int, slot: int) -> int:
     """Parse the frame of a filled slot into `m.datagram[0]`; return its DropCause."""
     ring = m.rings[ring_index]
-    status = np.int64(load_u32(slot))
-    frame = slot + np.int64(load_u16(slot + TP_MAC))
-    frame_bytes = np.int64(load_u32(slot + TP_SNAPLEN))
+    status = int64(load_u32(slot))
+    frame = slot + int64(load_u16(slot + TP_MAC))
+    frame_bytes = int64(load_u32(slot + TP_SNAPLEN))
     m.datagram[0].datagrams = 1
     m.datagram[0].payload_bytes = 0
     if status & TP_STATUS_COPY:
         if ring.copy_next >= ring.copy_count or not copy_is_of_slot(m, ring_index, slot):
             return TRUNCATED
         frame = m.copy_iovecs[ring_index, ring.copy_next].iov_base + VNET_BYTES
-        frame_bytes = np.int64(m.copy_mmsg[ring_index, ring.copy_next].msg_len) - VNET_BYTES
+        frame_bytes = int64(m.copy_mmsg[ring_index, ring.copy_next].msg_len) - VNET_BYTES
         ring.copy_next += 1
         if frame_bytes > COPY_SLOT_BYTES - VNET_BYTES:
             return TRUNCATED
-    elif frame_bytes < np.int64(load_u32(slot + TP_LEN)):
+    elif frame_bytes < int64(load_u32(slot + TP_LEN)):
         return TRUNCATED
     if load_u8(slot + PKTTYPE) == PACKET_OTHERHOST:
         return NO_MATCH
     return parse(
         frame,
         frame_bytes,
-        np.int64(load_u8(frame - VNET_BYTES + VNET_GSO_TYPE)),
-        np.int64(load_u16(frame - VNET_BYTES + VNET_GSO_SIZE)),
+        int64(load_u8(frame - VNET_BYTES + VNET_GSO_TYPE)),
+        int64(load_u16(frame - VNET_BYTES + VNET_GSO_SIZE)),
         (status & (TP_STATUS_CSUM_VALID | TP_STATUS_CSUMNOTREADY)) != 0,
         m.datagram[0],
     )

@@ -11,17 +11,10 @@ first segmented message of a socket is completed alone. So falling back never re
 import errno
 from typing import Any
 
-import numpy as np
-from logging_shm.compiled import enabled, write_event
 from numba import njit
 
-from logging_shm.atomics import (
-    load_acquire_u32,
-    store_i32,
-    store_i64,
-    store_release_u32,
-    store_u16,
-)
+from logging_shm.atomics import int64, load_acquire_u32, store_i32, store_i64, store_release_u32, store_u16
+from logging_shm.compiled import enabled, write_event
 from relay.dataplane import events
 from relay.dataplane.layout import (
     CMSG_IP_PKTINFO_BYTES,
@@ -140,8 +133,8 @@ def push(
         message.msg_name = m.slots.ctypes.data + index * m.slots.itemsize + NAME_OFFSET
         message.msg_namelen = SOCKADDR_IN_BYTES
     control = m.slots.ctypes.data + index * m.slots.itemsize + CONTROL_OFFSET
-    ttl = np.int64(batch.ttl) - 1 if output.flags & OUTPUT_TTL_DECREMENT else 0
-    source = np.int64(batch.src) if output.flags & OUTPUT_PRESERVE_SOURCE else 0
+    ttl = int64(batch.ttl) - 1 if output.flags & OUTPUT_TTL_DECREMENT else 0
+    source = int64(batch.src) if output.flags & OUTPUT_PRESERVE_SOURCE else 0
     control_bytes = write_control(control, segment_bytes, ttl, source)
     message.msg_control = control if control_bytes else 0
     message.msg_controllen = control_bytes
@@ -232,8 +225,8 @@ def submit_and_reap(m: Any, t: Any) -> None:
             unsubmitted -= result
         elif result < 0 and -result not in (EINTR, EAGAIN):
             raise RuntimeError("io_uring_enter failed")
-        head = np.int64(load_acquire_u32(state.cq_head_ptr))
-        tail = np.int64(load_acquire_u32(state.cq_tail_ptr))
+        head = int64(load_acquire_u32(state.cq_head_ptr))
+        tail = int64(load_acquire_u32(state.cq_tail_ptr))
         while head != tail:
             cqe = m.cqes[head & state.cq_mask]
             reap_one(m, t, cqe.user_data, cqe.res)
@@ -249,10 +242,10 @@ def push_singly(m: Any, t: Any, output_index: int, batch_index: int) -> None:
     iov_base = m.slots.ctypes.data + IOV_OFFSET
     for i in range(batch.iovecs):
         source = m.iovecs[batch_index, i]
-        offset = np.int64(0)
+        offset = int64(0)
         for _ in range(batch.datagrams):
             index = m.state[0].sq_tail & m.state[0].sq_mask
-            length = min(np.int64(batch.segment_bytes), source.iov_len - offset)
+            length = min(int64(batch.segment_bytes), source.iov_len - offset)
             m.slots[index].iov.iov_base = source.iov_base + offset
             m.slots[index].iov.iov_len = length
             push(m, t, output_index, batch_index, iov_base + index * m.slots.itemsize, 1, 1, 0)

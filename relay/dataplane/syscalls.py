@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding
 from numba import types
@@ -42,18 +43,18 @@ def load_liburing() -> ctypes.CDLL:
 
 
 # Their C prototypes: liburing.h; poll(2), recvmmsg(2), clock_gettime(2), clock_nanosleep(2).
-io_uring_enter = types.ExternalFunction(
+io_uring_enter: Any = types.ExternalFunction(
     "io_uring_enter",
     types.int32(types.uint32, types.uint32, types.uint32, types.uint32, types.intp),
 )
-poll = types.ExternalFunction("poll", types.int32(types.intp, types.uint64, types.int32))
-recvmmsg = types.ExternalFunction(
+poll: Any = types.ExternalFunction("poll", types.int32(types.intp, types.uint64, types.int32))
+recvmmsg: Any = types.ExternalFunction(
     "recvmmsg", types.int32(types.int32, types.intp, types.uint32, types.int32, types.intp)
 )
-getsockopt = types.ExternalFunction(
+getsockopt: Any = types.ExternalFunction(
     "getsockopt", types.int32(types.int32, types.int32, types.int32, types.intp, types.intp)
 )
-clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
-clock_nanosleep = types.ExternalFunction(
+clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+clock_nanosleep: Any = types.ExternalFunction(
     "clock_nanosleep", types.int32(types.int32, types.int32, types.intp, types.intp)
 )

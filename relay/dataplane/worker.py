@@ -132,7 +132,7 @@ class Worker:
             message.frame_bytes,
             int(self.stats.header["ring_cursor"][message.index]) % message.frame_count,
         )
-        for name in ("taken", "copy_next", "copy_count", "fill_level", "error"):
+        for name in ("taken", "copy_next", "copy_count", "fill_level"):
             ring[name] = 0
         ring["active"] = 1
         self.rings[message.index] = (socket.socket(fileno=descriptor), mapped)

@@ -1,5 +1,7 @@
 """The parser against frames that scapy builds, and against itself on frames that are cut."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ def run_parse(
     return cause, datagram[0]
 
 
-def udp(payload: bytes, **ip: object) -> Packet:
+def udp(payload: bytes, **ip: Any) -> Packet:
     return IP(src="10.0.0.7", dst="239.1.1.1", ttl=9, **ip) / UDP(sport=4000, dport=5000) / Raw(payload)
 
 
@@ -77,7 +79,7 @@ def test_super_frame_counts_its_datagrams() -> None:
         ({"chksum": 1}, DropCause.CHECKSUM),
     ],
 )
-def test_wrong_ip_header_is_dropped_under_its_cause(change: dict[str, object], cause: DropCause) -> None:
+def test_wrong_ip_header_is_dropped_under_its_cause(change: dict[str, Any], cause: DropCause) -> None:
     frame = bytes(ETHER / IP(src="10.0.0.7", dst="239.1.1.1", **change) / UDP(dport=5000) / Raw(b"payload"))
     assert run_parse(frame)[0] == cause
 
@@ -90,7 +92,7 @@ def test_wrong_ip_header_is_dropped_under_its_cause(change: dict[str, object], c
         ({"chksum": 1}, DropCause.CHECKSUM),
     ],
 )
-def test_wrong_udp_header_is_dropped_under_its_cause(change: dict[str, object], cause: DropCause) -> None:
+def test_wrong_udp_header_is_dropped_under_its_cause(change: dict[str, Any], cause: DropCause) -> None:
     datagram = UDP(sport=4000, dport=5000, **change) / Raw(b"payload")
     assert run_parse(bytes(ETHER / IP(dst="239.1.1.1") / datagram))[0] == cause
 
