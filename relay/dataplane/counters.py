@@ -1,6 +1,6 @@
 """The stats segment of a worker, `mcr_dp_c{core}_stats`: written by that worker, read by anyone allowed to.
 
-The supervisor creates it before the worker starts and removes it at the end; it outlives the worker's restarts,
+The supervisor creates it before the worker starts, removes it at the end, and keeps it over the worker's restarts,
 so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX].
 """
 

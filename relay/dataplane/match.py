@@ -8,20 +8,12 @@ from typing import Any
 from numba import njit
 
 from logging_shm.atomics import int64
+from relay.dataplane import hashing
 from relay.dataplane.layout import ENTRY_HAS_SOURCES
 
 NO_ENTRY = -1
 
-
-@njit(cache=True, nogil=True)
-def hash_key(dst: int, port: int, ring: int, src: int) -> int:
-    """A non-negative 32-bit hash of a key; multipliers are those of xxHash32."""
-    h = (dst * 0x9E3779B1 + src * 0x85EBCA77) & 0xFFFFFFFF
-    h = (h ^ (h >> 15)) + ((port << 4) | ring) * 0xC2B2AE3D
-    h &= 0xFFFFFFFF
-    h ^= h >> 13
-    h = (h * 0x27D4EB2F) & 0xFFFFFFFF
-    return h ^ (h >> 16)
+hash_key = njit(cache=True, nogil=True)(hashing.hash_key)
 
 
 @njit(cache=True, nogil=True)

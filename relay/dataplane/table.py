@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from relay.dataplane import layout
-from relay.dataplane.match import hash_key
+from relay.dataplane.hashing import hash_key
 from relay.dataplane.memory import TABLE_ENTRIES_MAX, Table
 from relay.errors import RuleError
 
@@ -105,7 +105,7 @@ def _hash_keys(keys: Sequence[_Key]) -> Any:
     mask = len(table) - 1
     used = np.zeros(len(table), bool)
     for index, (group, port, ring, source) in enumerate(keys):
-        slot = hash_key.py_func(group, port, ring, source) & mask
+        slot = hash_key(group, port, ring, source) & mask
         while used[slot]:
             slot = (slot + 1) & mask
         used[slot] = True
@@ -118,7 +118,7 @@ def _hash_own(own: Sequence[OwnSource]) -> Any:
     mask = len(table) - 1
     used = np.zeros(len(table), bool)
     for source in own:
-        slot = hash_key.py_func(0, source.port, 0, 0) & mask
+        slot = hash_key(0, source.port, 0, 0) & mask
         while used[slot]:
             slot = (slot + 1) & mask
         used[slot] = True
