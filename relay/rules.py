@@ -131,9 +131,7 @@ def validate(rule: Rule) -> Rule:
     places = [output_name(output) for output in rule.outputs]
     for place in places:
         if places.count(place) > 1:
-            raise RuleError(
-                f"rule {rule.rule_id}: output {place} stands there twice: it would double packets"
-            )
+            raise RuleError(f"rule {rule.rule_id}: output {place} is given twice: remove one")
     return rule
 
 

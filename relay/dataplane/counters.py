@@ -1,7 +1,7 @@
 """The stats segment of a worker, `mcr_dp_c{core}_stats`: written by that worker, read by anyone allowed to.
 
-The supervisor creates it before the worker starts, removes it at the end, and keeps it over the worker's restarts,
-so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX].
+The supervisor creates it before the worker starts and removes it at the end. It outlives restarts of the
+worker, so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX].
 """
 
 import mmap

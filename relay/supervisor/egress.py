@@ -1,0 +1,100 @@
+"""Egress sockets: one UDP socket for each distinct output, shared by all workers.
+
+Privileged where the source address is preserved (CAP_NET_ADMIN for IP_TRANSPARENT) and to bind to a device.
+Source: man 7 ip, man 7 udp, man 7 socket.
+"""
+
+import socket
+import struct
+
+import msgspec
+
+from relay import bpf
+from relay.errors import RelayError
+from relay.rules import is_multicast
+from relay.supervisor.ingress import attach_filter
+from relay.supervisor.interfaces import Interface
+
+IP_TRANSPARENT = 19
+IP_MTU_DISCOVER = 10
+IP_PMTUDISC_DONT = 0  # fragment what is larger than the MTU, as the sender's own host would
+SO_SNDBUFFORCE = 32
+SEND_BUFFER_BYTES = 16 << 20  # a burst of 4 000 datagrams of a stream, at 4 KiB of memory each
+IP_UDP_HEADER_BYTES = 28
+TTL_MULTICAST_DEFAULT = 1
+
+
+class EgressKey(msgspec.Struct, frozen=True):
+    """What distinguishes one egress socket from another. Outputs with equal keys share it."""
+
+    group: str
+    port: int
+    ifindex: int
+    interface: str
+    address: str  # the interface's own
+    mtu_bytes: int
+    ttl: int | None
+    dscp: int | None
+    preserve_source: bool
+
+    @property
+    def is_connected(self) -> bool:
+        """Multicast sockets are connected, which spares a route lookup for each send.
+
+        Unicast ones are not: an ICMP error for a receiver that is away would fail a later send.
+        """
+        return is_multicast(self.group) and not self.preserve_source
+
+    @property
+    def gso_segment_bytes_max(self) -> int:
+        """The largest payload that leaves in one frame, so that segmentation makes no fragments."""
+        return self.mtu_bytes - IP_UDP_HEADER_BYTES
+
+
+def egress_key(
+    group: str, port: int, interface: Interface, ttl: int | None, dscp: int | None, preserve_source: bool
+) -> EgressKey:
+    """The key of an output on an interface that has an address."""
+    return EgressKey(
+        group=group,
+        port=port,
+        ifindex=interface.index,
+        interface=interface.name,
+        address=interface.addresses[0],
+        mtu_bytes=interface.mtu_bytes,
+        ttl=ttl,
+        dscp=dscp,
+        preserve_source=preserve_source,
+    )
+
+
+def open_egress(key: EgressKey) -> socket.socket:
+    """Open the socket of an output. Raises RelayError when the kernel refuses, with its reason."""
+    egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        _set_up(egress, key)
+    except OSError as error:
+        egress.close()
+        raise RelayError(f"output {key.group}:{key.port} on {key.interface}: {error.strerror}") from error
+    return egress
+
+
+def _set_up(egress: socket.socket, key: EgressKey) -> None:
+    attach_filter(egress, bpf.REJECT_ALL)  # nobody reads here: answers must not fill a buffer
+    egress.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+    egress.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, key.interface.encode() + b"\0")
+    egress.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+    if key.preserve_source:
+        egress.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    egress.bind((key.address, 0))
+    if key.dscp is not None:
+        egress.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, key.dscp << 2)
+    if is_multicast(key.group):
+        mreqn = struct.pack("@4s4si", bytes(4), socket.inet_aton(key.address), key.ifindex)
+        egress.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, mreqn)
+        egress.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+        egress.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, key.ttl or TTL_MULTICAST_DEFAULT)
+    elif key.ttl is not None:
+        egress.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, key.ttl)
+    if key.is_connected:
+        egress.connect((key.group, key.port))

@@ -1,0 +1,76 @@
+"""The host's network interfaces: a snapshot of them, and a socket that tells when to take another.
+
+Owned by the supervisor. What the kernel announces is not parsed: any announcement leads to a new snapshot.
+"""
+
+import socket
+
+import msgspec
+import psutil
+
+RTMGRP_LINK = 0x1  # linux/rtnetlink.h
+RTMGRP_IPV4_IFADDR = 0x10
+ANNOUNCEMENT_BYTES_MAX = 65_536
+
+
+class Interface(msgspec.Struct, frozen=True):
+    """An interface as far as the relay cares."""
+
+    name: str
+    index: int
+    is_up: bool
+    mtu_bytes: int
+    addresses: tuple[str, ...]  # IPv4, the primary one first
+
+    def fault(self) -> str | None:
+        """Why nothing can be sent or received here now, None when it can."""
+        if not self.is_up:
+            return f"interface {self.name} is down"
+        if not self.addresses:
+            return f"interface {self.name} has no IPv4 address"
+        return None
+
+
+def snapshot() -> dict[str, Interface]:
+    """The interfaces of this network namespace by name."""
+    addresses = psutil.net_if_addrs()
+    interfaces = {}
+    for name, state in psutil.net_if_stats().items():
+        try:
+            index = socket.if_nametoindex(name)
+        except OSError:  # gone since it was listed
+            continue
+        interfaces[name] = Interface(
+            name=name,
+            index=index,
+            is_up=state.isup or "up" in state.flags.split(","),
+            mtu_bytes=state.mtu,
+            addresses=tuple(a.address for a in addresses.get(name, ()) if a.family == socket.AF_INET),
+        )
+    return interfaces
+
+
+class InterfaceMonitor:
+    """A netlink socket, readable when interfaces or addresses changed."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+        self._socket.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR))
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        return self._socket.fileno()
+
+    def discard(self) -> None:
+        """Read the announcements that wait."""
+        while True:
+            try:
+                self._socket.recv(ANNOUNCEMENT_BYTES_MAX)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: some were lost, which is all the same here
+                continue
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()

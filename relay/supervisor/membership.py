@@ -1,0 +1,136 @@
+"""Group memberships: sockets that join, so that switches and the NIC deliver, and that receive nothing.
+
+Owned by the supervisor. A socket holds as many memberships as the kernel allows (igmp_max_memberships, and
+igmp_max_msf sources of a group); when it refuses one, the next socket takes it. Unicast inputs are held by
+a bound socket that discards, so that the host answers no ICMP port unreachable.
+Source: man 7 ip, linux/in.h.
+"""
+
+import errno
+import socket
+import struct
+from collections.abc import Collection
+
+import msgspec
+
+from relay import bpf
+from relay.errors import RelayError
+from relay.rules import is_multicast
+from relay.supervisor.ingress import attach_filter
+
+MCAST_JOIN_SOURCE_GROUP = 46
+MCAST_LEAVE_SOURCE_GROUP = 47
+SOCKADDR_STORAGE_BYTES = 128
+# The group is joined on this socket with and without a source, which one socket can't hold.
+ANOTHER_SOCKET_HELPS = (errno.EADDRINUSE, errno.EINVAL)
+
+
+class Listen(msgspec.Struct, frozen=True):
+    """What an input needs from the host: a group on an interface, or a unicast address and port."""
+
+    address: str
+    port: int  # 0 for groups, which are joined once for all ports
+    ifindex: int
+    source: str | None
+
+
+def _sockaddr_storage(address: str) -> bytes:
+    family = struct.pack("=HH4s", socket.AF_INET, 0, socket.inet_aton(address))
+    return family.ljust(SOCKADDR_STORAGE_BYTES, b"\0")
+
+
+def _membership_option(listen: Listen, join: bool) -> tuple[int, bytes]:
+    """The option and its struct: ip_mreqn, or group_source_req for a source."""
+    if listen.source is None:
+        option = socket.IP_ADD_MEMBERSHIP if join else socket.IP_DROP_MEMBERSHIP
+        return option, struct.pack("@4s4si", socket.inet_aton(listen.address), bytes(4), listen.ifindex)
+    option = MCAST_JOIN_SOURCE_GROUP if join else MCAST_LEAVE_SOURCE_GROUP
+    request = struct.pack("@I4x", listen.ifindex)
+    return option, request + _sockaddr_storage(listen.address) + _sockaddr_storage(listen.source)
+
+
+class Memberships:
+    """Everything that is joined or held now; `update` makes it what is wanted."""
+
+    def __init__(self) -> None:
+        self._joiners: list[socket.socket] = []
+        self._joined: dict[Listen, socket.socket] = {}
+        self._held: dict[Listen, socket.socket] = {}
+
+    def update(self, wanted: Collection[Listen]) -> list[str]:
+        """Join what is new, then leave what is no longer wanted; return warnings, one a refusal."""
+        warnings = []
+        for listen in wanted:
+            if listen in self._joined or listen in self._held:
+                continue
+            try:
+                if is_multicast(listen.address):
+                    self._join(listen)
+                else:
+                    self._hold(listen)
+            except RelayError as error:
+                warnings.append(str(error))
+        keep = set(wanted)
+        for listen in [listen for listen in self._joined if listen not in keep]:
+            self._leave(listen)
+        for listen in [listen for listen in self._held if listen not in keep]:
+            self._held.pop(listen).close()
+        return warnings
+
+    def _join(self, listen: Listen) -> None:
+        """Join with the newest socket or, when that one is full, with another."""
+        option, request = _membership_option(listen, join=True)
+        if self._joiners:
+            newest = self._joiners[-1]
+            try:
+                newest.setsockopt(socket.IPPROTO_IP, option, request)
+            except OSError as error:
+                if error.errno not in (errno.ENOBUFS, *ANOTHER_SOCKET_HELPS):
+                    raise self._refusal(listen, error) from error
+            else:
+                self._joined[listen] = newest
+                return
+        joiner = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            joiner.setsockopt(socket.IPPROTO_IP, option, request)
+        except OSError as error:
+            joiner.close()
+            raise self._refusal(listen, error) from error
+        self._joiners.append(joiner)
+        self._joined[listen] = joiner
+
+    def _refusal(self, listen: Listen, error: OSError) -> RelayError:
+        return RelayError(f"joining {listen.address} on interface {listen.ifindex}: {error.strerror}")
+
+    def _leave(self, listen: Listen) -> None:
+        joiner = self._joined.pop(listen)
+        option, request = _membership_option(listen, join=False)
+        try:
+            joiner.setsockopt(socket.IPPROTO_IP, option, request)
+        except OSError as error:
+            # The membership went with its interface.
+            if error.errno not in (errno.ENODEV, errno.EADDRNOTAVAIL, errno.EINVAL):
+                raise
+        if all(used is not joiner for used in self._joined.values()):
+            self._joiners.remove(joiner)
+            joiner.close()
+
+    def _hold(self, listen: Listen) -> None:
+        holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        attach_filter(holder, bpf.REJECT_ALL)
+        try:
+            holder.bind((listen.address, listen.port))
+        except OSError as error:
+            holder.close()
+            raise RelayError(
+                f"{listen.address}:{listen.port} is not held for the relay: {error.strerror}"
+            ) from error
+        self._held[listen] = holder
+
+    def close(self) -> None:
+        """Leave everything."""
+        for opened in (*self._joiners, *self._held.values()):
+            opened.close()
+        self._joiners.clear()
+        self._joined.clear()
+        self._held.clear()
