@@ -108,6 +108,7 @@ class ControlPlaneLogging(_Logging):
     def attach(cls, instance: str | None = None) -> Self:
         """Write into the ring that the supervisor made. Raises SegmentError when there is none."""
         ring = SharedSPSCRingBuffer.attach(segment_name(Facility.ControlPlane, instance=instance))
+        ring.segment.claim()
         return cls({Facility.ControlPlane: ring})
 
 
@@ -116,10 +117,11 @@ class DataPlaneLogging(_Logging):
 
     @classmethod
     def attach(cls, core_id: int, instance: str | None = None) -> Self:
-        """Write into a worker's rings. Raises SegmentError when they don't exist."""
-        return cls(
-            {
-                facility: SharedSPSCRingBuffer.attach(segment_name(facility, core_id, instance))
-                for facility in WORKER_FACILITIES
-            }
-        )
+        """Write into a worker's rings, as their owner from now on. Raises SegmentError when they don't exist."""
+        rings = {
+            facility: SharedSPSCRingBuffer.attach(segment_name(facility, core_id, instance))
+            for facility in WORKER_FACILITIES
+        }
+        for ring in rings.values():
+            ring.segment.claim()
+        return cls(rings)

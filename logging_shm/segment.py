@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import posix_ipc
 
-from logging_shm.facility import Facility
+from logging_shm.facility import Facility, Severity
 from logging_shm.layout import (
     ABI_VERSION,
     FORMAT_BYTES_MAX,
@@ -120,6 +120,16 @@ class Segment:
         self.header["owner_pid"] = os.getpid()
         self.header["owner_start_ticks"] = process_start_ticks(os.getpid()) or 0
         self.header["thread"] = os.getpid()
+
+    @property
+    def level(self) -> Severity:
+        """The least grave severity that is written."""
+        return Severity(max(int(self.header["level_mask"]).bit_length() - 1, 0))
+
+    @level.setter
+    def level(self, severity: Severity) -> None:
+        """Write records as grave as `severity` or graver, from the writer's next one on."""
+        self.header["level_mask"] = (2 << severity) - 1
 
     def _write_formats(self, formats: dict[int, str]) -> None:
         table = self.bytes[FORMATS_OFFSET : FORMATS_OFFSET + FORMATS.itemsize].reshape(

@@ -18,6 +18,7 @@ class ApplyRules(msgspec.Struct, tag=True):
     request_id: int
     add: tuple[Rule, ...] = ()
     remove: tuple[str, ...] = ()
+    configured: tuple[str, ...] | None = None  # given when the configuration asked: its rules' ids
 
 
 class GetStats(msgspec.Struct, tag=True):
@@ -117,7 +118,12 @@ class Restore(msgspec.Struct, tag=True):
     """Supervisor → control plane, first message: the rules that are active already."""
 
     rules: tuple[Rule, ...] = ()
+    configured: tuple[str, ...] = ()  # ids of those that the configuration put there
     interfaces: tuple[str, ...] = ()  # the relay's default ingress interfaces
+
+
+class Ready(msgspec.Struct, tag=True):
+    """Control plane → supervisor: clients are served from now on."""
 
 
 class Configure(msgspec.Struct, tag=True):
@@ -129,7 +135,7 @@ class Configure(msgspec.Struct, tag=True):
     rules: tuple[Rule, ...] = ()
 
 
-ToSupervisor = ApplyRules | GetStats | ListWorkers | LogLevel
+ToSupervisor = Ready | ApplyRules | GetStats | ListWorkers | LogLevel
 ToControlPlane = Stats | Workers | Levels | Done | Refused | Restore | Configure
 
 

@@ -228,6 +228,7 @@ STATS_HEADER: Final = np.dtype(
             "core",
             "pid",
             "doorbell",
+            "ring_full",
             "heartbeat_ns",
             "generation_seen",
             "packets_in",
@@ -262,15 +263,16 @@ STATS_HEADER: Final = np.dtype(
             "<i8",
             "<i8",
             "<i8",
+            "<i8",
             ("<i8", (DROP_CAUSES,)),
             ("<i8", (RINGS_MAX,)),
             ("<i8", (RINGS_MAX,)),
             ("<i8", (ERRNO_MAX,)),
         ],
-        # The doorbell is the supervisor's line; the rest is the worker's.
+        # The supervisor writes the line of the doorbell, the worker the rest.
         "offsets": [
             *(0, 8, 16),
-            *(64,),
+            *(64, 72),
             *(128, 136),
             *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264),
             *(320, 448, 576, 704),

@@ -1,7 +1,7 @@
 """Packet rings: opening the AF_PACKET socket of one worker on one interface, and its filter and statistics.
 
-Privileged (CAP_NET_RAW). The supervisor owns the sockets; workers map them. A ring that no worker reads goes on
-filling, so a worker that died is replaced without loss.
+Privileged (CAP_NET_RAW). The supervisor owns the sockets; workers map them. A ring that no worker reads goes
+on filling, so a worker that died is replaced without loss.
 Source: man 7 packet, Documentation/networking/packet_mmap.rst, linux/if_packet.h.
 """
 

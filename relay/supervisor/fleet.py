@@ -1,0 +1,399 @@
+"""The fleet: the workers, and all that is handed to them - rings, egress sockets, rule tables.
+
+Owned by the supervisor's thread. `begin` goes over to a new set of rules without a gap: sockets are opened
+and handed out first, then the table that uses them. Once every worker has said that no packet is handled by
+the old table any more, `finish` closes what only that one used and lets new traffic in.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+import msgspec
+
+from logging_shm import SharedMemoryLogManager
+from relay import bpf
+from relay.dataplane import events, layout
+from relay.dataplane.counters import StatsSegment
+from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_table, publish
+from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
+from relay.errors import RelayError, RuleError
+from relay.messages import AddRing, CloseSockets, FromWorker, RemoveRing, SetSockets, SetTable
+from relay.rules import Output, Rule
+from relay.supervisor.egress import EgressKey, open_egress
+from relay.supervisor.ingress import (
+    FRAME_BYTES,
+    Fanout,
+    attach_filter,
+    open_ring,
+    take_ring_drops,
+)
+from relay.supervisor.interfaces import Interface
+from relay.supervisor.membership import Memberships
+from relay.supervisor.plan import Plan, PlannedRule, make_plan
+
+
+class Numbers:
+    """Hands out the smallest free numbers of a range; given back, they are free again."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._next = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """A free number. Raises RuleError when the range is used up."""
+        if self._free:
+            return self._free.pop()
+        if self._next == self._limit:
+            raise RuleError(f"more than {self._limit} at once: remove rules first")
+        self._next += 1
+        return self._next - 1
+
+    def left(self) -> int:
+        """How many are free."""
+        return len(self._free) + self._limit - self._next
+
+    def give_back(self, numbers: Iterable[int]) -> None:
+        """Free numbers that nothing uses any more."""
+        self._free += numbers
+
+
+@dataclass
+class Worker:
+    """The supervisor's side of one worker, over all its restarts."""
+
+    core: int
+    stats: StatsSegment
+    logs: SharedMemoryLogManager
+    rings: dict[int, socket.socket] = field(default_factory=dict)  # by ring number
+    channel: Channel[FromWorker] | None = None
+    pid: int = 0
+    running: bool = False
+    started_s: float = 0.0
+    generation: int = -1
+
+    def send(self, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
+        """Send to the worker and ring its doorbell. One that is gone is dealt with when its exit is told."""
+        assert self.channel is not None
+        with contextlib.suppress(ChannelClosedError, BlockingIOError):
+            self.channel.send(message, list(descriptors))
+        self.stats.header["doorbell"] += 1
+
+
+@dataclass
+class Ring:
+    """A ring number: the interface it reads, and that interface's fanout group."""
+
+    number: int
+    interface: str
+    ifindex: int
+    fanout_id: int | None = None
+
+
+@dataclass
+class Retired:
+    """What the former table used and the new one does not."""
+
+    sockets: dict[int, socket.socket] = field(default_factory=dict)
+    rings: list[int] = field(default_factory=list)
+    rule_slots: list[int] = field(default_factory=list)
+    output_slots: list[int] = field(default_factory=list)
+
+
+class Fleet:
+    """All workers and what they share."""
+
+    def __init__(
+        self,
+        cores: Sequence[int],
+        instance: str | None,
+        owner: tuple[int, int],
+        default_interfaces: Sequence[str],
+        ring_bytes: int,
+        fanout: Fanout,
+    ) -> None:
+        self.default_interfaces = default_interfaces
+        self.plan = Plan()
+        self.generation = 0
+        self.output_slots: dict[tuple[str, Output], int] = {}
+        self.rule_slots: dict[str, int] = {}
+        self.workers: list[Worker] = []
+        self._ring_bytes = ring_bytes
+        self._fanout = fanout
+        self._rings: dict[str, Ring] = {}
+        self._ring_numbers = Numbers(layout.RINGS_MAX)
+        self._rule_numbers = Numbers(layout.RULES_MAX)
+        self._output_numbers = Numbers(layout.OUTPUTS_MAX)
+        self._socket_numbers = Numbers(layout.OUTPUTS_MAX)
+        self._egress: dict[EgressKey, tuple[int, socket.socket]] = {}
+        self._memberships = Memberships()
+        self._retired = Retired()
+        self._table = compile_table((), (), 0)
+        try:
+            for core in cores:
+                logs = SharedMemoryLogManager.create_for_worker(
+                    core, instance, *owner, formats=events.FORMATS
+                )
+                try:
+                    stats = StatsSegment.create(core, instance, *owner)
+                except BaseException:
+                    logs.shutdown()
+                    raise
+                self.workers.append(Worker(core, stats, logs))
+        except BaseException:
+            self.close()
+            raise
+
+    # --- rules ------------------------------------------------------------------------------------
+
+    def begin(self, rules: Sequence[Rule], interfaces: Mapping[str, Interface], strict: bool) -> list[str]:
+        """Go over to `rules`; return warnings. `finish` follows when `is_confirmed`.
+
+        Raises RelayError when the kernel refuses a socket and `strict`; nothing has changed then. Otherwise
+        the output waits and the refusal is a warning.
+        """
+        plan = make_plan(rules, interfaces, self.default_interfaces)
+        self._check_room(plan)
+        warnings = [f"rule {p.rule.rule_id} is {p.state}" for p in plan.rules if p.state != "active"]
+        opened = self._open_egress(plan, strict, warnings)
+        self._egress |= opened
+        self._retire(plan)
+        self._replace_rings(plan, warnings)
+        self.generation += 1
+        self.plan = plan
+        self._table = compile_table(self._table_rules(plan), self._own_sources(), self.generation)
+        for worker in self.workers:
+            if worker.running:
+                self._hand_sockets(worker, dict(opened.values()))
+                self._hand_table(worker)
+        warnings += self._memberships.update(plan.listens)
+        return warnings
+
+    def is_confirmed(self) -> bool:
+        """Whether every running worker uses the current table."""
+        return all(worker.generation == self.generation for worker in self.workers if worker.running)
+
+    def finish(self) -> None:
+        """Close and free what only the former table used, and admit what the new one relays."""
+        retired, self._retired = self._retired, Retired()
+        for worker in self.workers:
+            if worker.running and retired.sockets:
+                numbers = tuple(retired.sockets)
+                for at in range(0, len(numbers), DESCRIPTORS_MAX):
+                    worker.send(CloseSockets(numbers[at : at + DESCRIPTORS_MAX]))
+            worker.stats.rules[retired.rule_slots] = 0
+            worker.stats.outputs[retired.output_slots] = 0
+        for sock in retired.sockets.values():
+            sock.close()
+        self._set_filters(self.plan)
+        self._ring_numbers.give_back(retired.rings)
+        self._socket_numbers.give_back(retired.sockets)
+        self._rule_numbers.give_back(retired.rule_slots)
+        self._output_numbers.give_back(retired.output_slots)
+
+    def _check_room(self, plan: Plan) -> None:
+        """Raises RuleError when the numbers in use until `finish` leave too few for what is new."""
+        rule_ids = {planned.rule.rule_id for planned in plan.rules}
+        outputs = {(p.rule.rule_id, planned.output) for p in plan.rules for planned in p.outputs}
+        room = (self._rule_numbers.left(), self._output_numbers.left(), self._socket_numbers.left())
+        new = (
+            len(rule_ids - set(self.rule_slots)),
+            len(outputs - set(self.output_slots)),
+            len(plan.egress_keys() - set(self._egress)),
+        )
+        if any(wanted > left for wanted, left in zip(new, room, strict=True)):
+            raise RuleError("too many rules or outputs change at once: change them in several steps")
+
+    def _open_egress(
+        self, plan: Plan, strict: bool, warnings: list[str]
+    ) -> dict[EgressKey, tuple[int, socket.socket]]:
+        opened: dict[EgressKey, tuple[int, socket.socket]] = {}
+        for key in plan.egress_keys() - set(self._egress):
+            try:
+                opened[key] = (self._socket_numbers.take(), open_egress(key))
+            except RelayError as error:
+                if strict:
+                    self._socket_numbers.give_back(number for number, _ in opened.values())
+                    for _, sock in opened.values():
+                        sock.close()
+                    raise
+                warnings.append(str(error))
+        return opened
+
+    def _retire(self, plan: Plan) -> None:
+        """Take leave of sockets and slots that `plan` has no use for, and take slots for what is new."""
+        keys = plan.egress_keys()
+        for key in [key for key in self._egress if key not in keys]:
+            number, sock = self._egress.pop(key)
+            self._retired.sockets[number] = sock
+        rule_ids = {planned.rule.rule_id for planned in plan.rules}
+        outputs = {
+            (planned.rule.rule_id, planned_output.output)
+            for planned in plan.rules
+            for planned_output in planned.outputs
+        }
+        for rule_id in [rule_id for rule_id in self.rule_slots if rule_id not in rule_ids]:
+            self._retired.rule_slots.append(self.rule_slots.pop(rule_id))
+        for output in [output for output in self.output_slots if output not in outputs]:
+            self._retired.output_slots.append(self.output_slots.pop(output))
+        for rule_id in rule_ids - set(self.rule_slots):
+            self.rule_slots[rule_id] = self._rule_numbers.take()
+        for output in outputs - set(self.output_slots):
+            self.output_slots[output] = self._output_numbers.take()
+
+    def _table_rules(self, plan: Plan) -> list[TableRule]:
+        return [self._table_rule(planned) for planned in plan.rules]
+
+    def _table_rule(self, planned: PlannedRule) -> TableRule:
+        rule = planned.rule
+        outputs = []
+        for planned_output in planned.outputs:
+            if planned_output.key is None or planned_output.key not in self._egress:
+                continue
+            output, key = planned_output.output, planned_output.key
+            outputs.append(
+                TableOutput(
+                    slot=self.output_slots[rule.rule_id, output],
+                    address=int(IPv4Address(output.group)),
+                    port=output.port,
+                    socket=self._egress[key][0],
+                    gso_segment_bytes_max=key.gso_segment_bytes_max,
+                    connected=key.is_connected,
+                    ttl_decrement=output.ttl == "decrement",
+                )
+            )
+        return TableRule(
+            slot=self.rule_slots[rule.rule_id],
+            name=rule.rule_id,
+            group=int(IPv4Address(rule.input_group)),
+            port=rule.input_port,
+            source=int(IPv4Address(rule.source)) if rule.source else 0,
+            rings=tuple(self._rings[name].number for name in planned.interfaces if name in self._rings),
+            preserve_source=rule.preserve_source,
+            outputs=tuple(outputs),
+        )
+
+    def _own_sources(self) -> list[OwnSource]:
+        return [
+            OwnSource(
+                address=0 if key.preserve_source else int(IPv4Address(key.address)),
+                port=sock.getsockname()[1],
+                destination=int(IPv4Address(key.group)),
+                destination_port=key.port,
+            )
+            for key, (_, sock) in self._egress.items()
+        ]
+
+    # --- rings ------------------------------------------------------------------------------------
+
+    def _replace_rings(self, plan: Plan, warnings: list[str]) -> None:
+        """Open rings on interfaces that came, close those of interfaces that went."""
+        for name in [n for n, ring in self._rings.items() if plan.rings.get(n) != ring.ifindex]:
+            ring = self._rings.pop(name)
+            for worker in self.workers:
+                if worker.running:
+                    worker.send(RemoveRing(ring.number))
+                worker.rings.pop(ring.number).close()
+            self._retired.rings.append(ring.number)
+        for name, ifindex in plan.rings.items():
+            if name not in self._rings:
+                try:
+                    self._open_rings(name, ifindex)
+                except RelayError as error:
+                    warnings.append(str(error))
+
+    def _open_rings(self, name: str, ifindex: int) -> None:
+        ring = Ring(self._ring_numbers.take(), name, ifindex)
+        sockets: list[socket.socket] = []
+        try:
+            for _ in self.workers:
+                sock, ring.fanout_id = open_ring(name, self._ring_bytes, self._fanout, ring.fanout_id)
+                sockets.append(sock)
+        except RelayError:
+            self._ring_numbers.give_back([ring.number])
+            for sock in sockets:
+                sock.close()
+            raise
+        self._rings[name] = ring
+        for worker, sock in zip(self.workers, sockets, strict=True):
+            worker.rings[ring.number] = sock
+            if worker.running:
+                self._hand_ring(worker, ring.number)
+
+    def _set_filters(self, plan: Plan) -> None:
+        for name, ring in self._rings.items():
+            program = bpf.assemble(plan.admitted[name])
+            for worker in self.workers:
+                attach_filter(worker.rings[ring.number], program)
+
+    def count_ring_drops(self) -> dict[tuple[int, str], int]:
+        """Count what the kernel dropped since the last call; return it by core and interface."""
+        lost = {}
+        for worker in self.workers:
+            for ring in self._rings.values():
+                drops = take_ring_drops(worker.rings[ring.number])
+                if drops:
+                    worker.stats.header["ring_full"] += drops
+                    lost[worker.core, ring.interface] = drops
+        return lost
+
+    # --- workers ----------------------------------------------------------------------------------
+
+    def worker_started(self, worker: Worker) -> None:
+        """Hand a new worker everything that its predecessor had."""
+        worker.running = True
+        worker.started_s = time.monotonic()
+        for number in worker.rings:
+            self._hand_ring(worker, number)
+        self._hand_sockets(worker, dict(self._egress.values()))
+        self._hand_table(worker)
+
+    def worker_gone(self, worker: Worker) -> None:
+        """Forget a worker's process; its rings stay open."""
+        if worker.channel is not None:
+            worker.channel.close()
+        worker.channel = None
+        worker.running = False
+        worker.pid = 0
+
+    def close_channels(self) -> None:
+        """Tell every worker to finish what its rings hold and end."""
+        for worker in self.workers:
+            if worker.channel is not None:
+                worker.channel.close()
+                worker.stats.header["doorbell"] += 1
+
+    def _hand_ring(self, worker: Worker, number: int) -> None:
+        message = AddRing(number, FRAME_BYTES, self._ring_bytes // FRAME_BYTES)
+        worker.send(message, [worker.rings[number].fileno()])
+
+    def _hand_sockets(self, worker: Worker, sockets: Mapping[int, socket.socket]) -> None:
+        numbers = list(sockets)
+        for at in range(0, len(numbers), DESCRIPTORS_MAX):
+            some = numbers[at : at + DESCRIPTORS_MAX]
+            worker.send(SetSockets(tuple(some)), [sockets[number].fileno() for number in some])
+
+    def _hand_table(self, worker: Worker) -> None:
+        fd = publish(self._table)
+        try:
+            worker.send(SetTable(self.generation), [fd])
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close every socket and unlink every segment."""
+        for worker in self.workers:
+            for sock in worker.rings.values():
+                sock.close()
+            worker.stats.close()
+            worker.logs.shutdown()
+        for _, sock in self._egress.values():
+            sock.close()
+        for sock in self._retired.sockets.values():
+            sock.close()
+        self._memberships.close()

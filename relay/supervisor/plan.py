@@ -1,0 +1,106 @@
+"""The plan: from rules and the host's interfaces to what must be open, joined and admitted. Pure.
+
+The supervisor compares a plan with what is open and changes only the difference.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+from relay.dataplane.layout import OUTPUTS_MAX, RINGS_MAX, RULES_MAX
+from relay.errors import RuleError
+from relay.rules import Output, Rule, is_multicast
+from relay.supervisor.egress import EgressKey, egress_key
+from relay.supervisor.interfaces import Interface
+from relay.supervisor.membership import Listen
+
+
+@dataclass(frozen=True)
+class PlannedOutput:
+    """An output with the socket it leaves through, or without one and the reason."""
+
+    output: Output
+    key: EgressKey | None
+    fault: str | None
+
+
+@dataclass(frozen=True)
+class PlannedRule:
+    """A rule with the existing interfaces it listens on, and why it waits if it does."""
+
+    rule: Rule
+    interfaces: tuple[str, ...]
+    outputs: tuple[PlannedOutput, ...]
+    fault: str | None
+
+    @property
+    def state(self) -> str:
+        """`active`, or `waiting: <why>`."""
+        faults = [self.fault] if self.fault else [output.fault for output in self.outputs if output.fault]
+        return f"waiting: {faults[0]}" if faults else "active"
+
+
+@dataclass
+class Plan:
+    """Everything that rules need of the host."""
+
+    rules: list[PlannedRule] = field(default_factory=list)
+    rings: dict[str, int] = field(default_factory=dict)  # interface name → ifindex
+    listens: set[Listen] = field(default_factory=set)
+    admitted: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # by interface name
+
+    def egress_keys(self) -> set[EgressKey]:
+        """The egress sockets that must be open."""
+        return {output.key for rule in self.rules for output in rule.outputs if output.key is not None}
+
+
+def _plan_output(rule: Rule, output: Output, interfaces: Mapping[str, Interface]) -> PlannedOutput:
+    interface = interfaces.get(output.interface)
+    if interface is None:
+        return PlannedOutput(output, None, f"interface {output.interface} does not exist")
+    fault = interface.fault()
+    if fault is not None:
+        return PlannedOutput(output, None, fault)
+    ttl = output.ttl if isinstance(output.ttl, int) else None
+    key = egress_key(output.group, output.port, interface, ttl, output.dscp, rule.preserve_source)
+    return PlannedOutput(output, key, None)
+
+
+def make_plan(
+    rules: Iterable[Rule], interfaces: Mapping[str, Interface], default_interfaces: Sequence[str]
+) -> Plan:
+    """Plan for `rules`. Raises RuleError when they are more than a relay holds."""
+    plan = Plan()
+    names = list(default_interfaces)
+    outputs = 0
+    for rule in rules:
+        wanted = (rule.input_interface,) if rule.input_interface else tuple(default_interfaces)
+        names += [name for name in wanted if name not in names]
+        existing = tuple(name for name in wanted if name in interfaces)
+        faults = [f"interface {name} does not exist" for name in wanted if name not in interfaces]
+        faults += [fault for name in existing if (fault := interfaces[name].fault())]
+        planned = tuple(_plan_output(rule, output, interfaces) for output in rule.outputs)
+        plan.rules.append(PlannedRule(rule, existing, planned, faults[0] if faults else None))
+        outputs += len(planned)
+        _plan_input(plan, rule, existing, interfaces)
+    if len(plan.rules) > RULES_MAX or outputs > OUTPUTS_MAX:
+        raise RuleError(
+            f"{len(plan.rules)} rules with {outputs} outputs are over the limits of "
+            f"{RULES_MAX} rules and {OUTPUTS_MAX} outputs"
+        )
+    if len(names) > RINGS_MAX:
+        raise RuleError(f"{len(names)} input interfaces are over the limit of {RINGS_MAX}")
+    plan.rings = {name: interfaces[name].index for name in names if name in interfaces}
+    for name in plan.rings:
+        plan.admitted.setdefault(name, set())
+    return plan
+
+
+def _plan_input(plan: Plan, rule: Rule, existing: Sequence[str], interfaces: Mapping[str, Interface]) -> None:
+    multicast = is_multicast(rule.input_group)
+    for name in existing:
+        plan.admitted.setdefault(name, set()).add((int(IPv4Address(rule.input_group)), rule.input_port))
+        if multicast:
+            plan.listens.add(Listen(rule.input_group, 0, interfaces[name].index, rule.source))
+    if not multicast:
+        plan.listens.add(Listen(rule.input_group, rule.input_port, 0, None))
