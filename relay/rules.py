@@ -33,10 +33,10 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dscp: int | None = None
 
 
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Datagrams to `input_group`:`input_port` leave once through each output."""
 
-    rule_id: str
+    rule_id: str = ""  # "": named after its content
     input_group: str
     input_port: int
     outputs: tuple[Output, ...]

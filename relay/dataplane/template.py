@@ -18,6 +18,7 @@ import numpy as np
 
 from relay.dataplane import layout, loop, memory
 from relay.dataplane.ring import find_cursor
+from relay.dataplane.syscalls import load_liburing
 from relay.dataplane.table import compile_table, view_table
 from relay.dataplane.worker import main as run_worker
 from relay.descriptors import Channel, ChannelClosedError
@@ -29,11 +30,13 @@ LOG_BYTES = 16_384  # of the log segment that warming up writes into: a header i
 
 def load_compiled_code() -> None:
     """Compile the loop, or load it from the cache: run it once, with empty rings and nothing to do."""
+    load_liburing()
+    log = np.zeros(LOG_BYTES, np.uint8)
     worker_memory = memory.allocate(
         np.zeros(memory.SQ_ENTRIES, layout.IO_URING_SQE),
         np.zeros(2 * memory.SQ_ENTRIES, layout.IO_URING_CQE),
         np.zeros(layout.STATS_BYTES, np.uint8),
-        tuple(np.zeros(LOG_BYTES, np.uint8) for _ in range(4)),
+        (log, log, log, log),
     )
     worker_memory.state[0]["draining"] = 1
     worker_memory.state[0]["control_fd"] = -1
@@ -54,11 +57,11 @@ class Template:
     def run(self, wakeup: socket.socket) -> None:
         """Serve until the supervisor's stream ends, then wait for the workers, whose streams end with it."""
         while True:
-            readable, _, _ = select.select([self._channel, wakeup], [], [])
-            if wakeup in readable:
+            readable, _, _ = select.select([self._channel.fileno(), wakeup.fileno()], [], [])
+            if wakeup.fileno() in readable:
                 wakeup.recv(4096)
                 self._reap()
-            if self._channel in readable:
+            if self._channel.fileno() in readable:
                 try:
                     message, descriptors = self._channel.receive()
                 except ChannelClosedError:
