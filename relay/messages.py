@@ -69,7 +69,7 @@ class WorkerStats(msgspec.Struct):
     bytes_relayed: int
     packets_per_second: float
     bits_per_second: float
-    ring_fill_percent: float
+    ring_fill_max_percent: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]
 
 

@@ -1,0 +1,44 @@
+"""The supervisor's children: starting the control plane and the template, and knowing when they end.
+
+Each is a new Python process with one end of a socket pair; it ends when the supervisor's end closes.
+"""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from relay.descriptors import Channel, channel_pair
+from relay.messages import FromTemplate
+
+
+def _start(module: str, arguments: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Run a module in a process group of its own: a terminal's Ctrl-C is the supervisor's affair."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        pass_fds=descriptors,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+
+
+def start_template(uid: int, gid: int) -> tuple[subprocess.Popen[bytes], Channel[FromTemplate]]:
+    """Start the process that workers are forked from."""
+    channel: Channel[FromTemplate]
+    channel, far = channel_pair(FromTemplate)
+    with far:
+        arguments = ("--fd", str(far.fileno()), "--uid", str(uid), "--gid", str(gid))
+        return _start("relay.dataplane.template", arguments, [far.fileno()]), channel
+
+
+def start_control_plane(
+    listener: socket.socket, uid: int, gid: int, instance: str | None
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the control plane, which serves `listener`; return our end of the stream to it."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    near.setblocking(False)
+    with far:
+        arguments = ["--supervisor-fd", str(far.fileno()), "--listener-fd", str(listener.fileno())]
+        arguments += ["--uid", str(uid), "--gid", str(gid)]
+        arguments += ["--instance", instance] if instance else []
+        return _start("relay.controlplane", arguments, [far.fileno(), listener.fileno()]), near

@@ -1,0 +1,153 @@
+"""Sampling: the counters of all workers, added up, and their rates over the last second.
+
+Owned by the supervisor. Reads the stats segments, which the workers write without a lock: a sum may be a few
+packets old, never wrong by more.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from relay.dataplane.layout import DropCause
+from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
+from relay.rules import output_name
+from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.plan import PlannedRule
+
+WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
+
+
+@dataclass
+class Sample:
+    """The counters at one moment, the workers' added up."""
+
+    time_s: float
+    workers: dict[int, dict[str, int]]  # by core
+    rules: Any  # RULE_STATS[RULES_MAX]
+    outputs: Any  # OUTPUT_STATS[OUTPUTS_MAX]
+
+
+def worker_totals(worker: Worker) -> dict[str, int]:
+    """The counters of a worker by name."""
+    return {name: int(worker.stats.header[name]) for name in WORKER_TOTALS}
+
+
+def worker_drops(worker: Worker) -> dict[str, int]:
+    """What a worker dropped by cause; send errors by errno besides."""
+    header = worker.stats.header
+    drops = {
+        cause.name.lower(): int(header["drops"][cause]) for cause in DropCause if cause is not DropCause.NONE
+    }
+    drops[DropCause.RING_FULL.name.lower()] = int(header["ring_full"])
+    for errno in np.flatnonzero(header["errno_counts"]):
+        drops[f"send_error_errno_{errno}"] = int(header["errno_counts"][errno])
+    return drops
+
+
+def _sum_fields(arrays: list[Any]) -> Any:
+    total = arrays[0].copy()
+    for array in arrays[1:]:
+        for name in total.dtype.names:
+            if name not in ("last_ns", "last_errno", "pad"):
+                total[name] += array[name]
+    return total
+
+
+def take_sample(fleet: Fleet) -> Sample:
+    """Read every counter now."""
+    return Sample(
+        time_s=time.monotonic(),
+        workers={worker.core: worker_totals(worker) for worker in fleet.workers},
+        rules=_sum_fields([worker.stats.rules for worker in fleet.workers]),
+        outputs=_sum_fields([worker.stats.outputs for worker in fleet.workers]),
+    )
+
+
+class Sampler:
+    """Keeps the samples that rates are made of."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._started_s = time.monotonic()
+        self._older = self._newer = take_sample(fleet)
+
+    def tick(self) -> None:
+        """Take a sample; called once a second."""
+        self._older, self._newer = self._newer, take_sample(self._fleet)
+
+    def _rate(self, newer: int, older: int) -> float:
+        """Per second; counters of a slot that was given to another rule start again at 0."""
+        elapsed_s = self._newer.time_s - self._older.time_s
+        return max(newer - older, 0) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def workers(self) -> list[WorkerStats]:
+        """The state of every worker."""
+        return [self._worker(worker) for worker in self._fleet.workers]
+
+    def _worker(self, worker: Worker) -> WorkerStats:
+        newer, older = self._newer.workers[worker.core], self._older.workers[worker.core]
+        return WorkerStats(
+            core=worker.core,
+            pid=worker.pid,
+            state="running" if worker.running else "starting",
+            uptime_s=round(time.monotonic() - worker.started_s, 3) if worker.running else 0.0,
+            **worker_totals(worker),
+            packets_per_second=self._rate(newer["packets_relayed"], older["packets_relayed"]),
+            bits_per_second=8 * self._rate(newer["bytes_relayed"], older["bytes_relayed"]),
+            ring_fill_max_percent=int(worker.stats.header["ring_fill_max"].max()),
+            drops=worker_drops(worker),
+        )
+
+    def stats(self, request_id: int) -> Stats:
+        """Everything, with totals as of now."""
+        sample = take_sample(self._fleet)
+        workers = self.workers()
+        drops: dict[str, int] = {}
+        for worker in workers:
+            for cause, count in worker.drops.items():
+                drops[cause] = drops.get(cause, 0) + count
+        totals: Mapping[str, int] = {
+            name: sum(worker[name] for worker in sample.workers.values()) for name in WORKER_TOTALS
+        }
+        return Stats(
+            request_id=request_id,
+            uptime_s=round(time.monotonic() - self._started_s, 3),
+            **totals,
+            packets_per_second=sum(worker.packets_per_second for worker in workers),
+            bits_per_second=sum(worker.bits_per_second for worker in workers),
+            drops=drops,
+            rules=[self._rule(sample, planned) for planned in self._fleet.plan.rules],
+            workers=workers,
+        )
+
+    def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:
+        rule = planned.rule
+        counters = sample.rules[self._fleet.rule_slots[rule.rule_id]]
+        slots = [self._fleet.output_slots[rule.rule_id, output.output] for output in planned.outputs]
+        sent, newer, older = sample.outputs[slots], self._newer.outputs[slots], self._older.outputs[slots]
+        return RuleStats(
+            rule_id=rule.rule_id,
+            state=planned.state,
+            packets_matched=int(counters["packets"]),
+            bytes_matched=int(counters["bytes"]),
+            packets_relayed=int(sent["packets"].sum()),
+            bytes_relayed=int(sent["bytes"].sum()),
+            packets_per_second=self._rate(int(newer["packets"].sum()), int(older["packets"].sum())),
+            bits_per_second=8 * self._rate(int(newer["bytes"].sum()), int(older["bytes"].sum())),
+            outputs=[
+                OutputStats(
+                    output=output_name(output.output),
+                    packets=int(sent[i]["packets"]),
+                    bytes=int(sent[i]["bytes"]),
+                    drops={
+                        DropCause.TTL.name.lower(): int(sent[i]["drops_ttl"]),
+                        DropCause.EGRESS_FULL.name.lower(): int(sent[i]["drops_full"]),
+                        DropCause.SEND_ERROR.name.lower(): int(sent[i]["drops_error"]),
+                    },
+                )
+                for i, output in enumerate(planned.outputs)
+            ],
+        )
