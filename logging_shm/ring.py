@@ -70,15 +70,13 @@ class SharedSPSCRingBuffer:
         self.segment = segment
         self._memory = memoryview(segment.bytes)
         self._capacity = int(segment.header["capacity"])
-        self._facility = int(segment.header["facility"])
-        self._core = int(segment.header["core"])
+        self.facility = Facility(int(segment.header["facility"]))
+        self.core = int(segment.header["core"])
         self._lock = threading.Lock()
         self.dropped_seen = 0
 
     @classmethod
-    def create(
-        cls, name: str, capacity: int | None = None, facility: Facility = Facility.Test, **segment: Any
-    ) -> Self:
+    def create(cls, name: str, capacity: int | None = None, facility: Facility = Facility.Test, **segment: Any) -> Self:
         """Create the segment `name`. Raises SegmentError, see Segment.create."""
         return cls(Segment.create(name, facility, capacity or RING_CAPACITY[facility], **segment))
 
@@ -106,10 +104,10 @@ class SharedSPSCRingBuffer:
                 at,
                 STATE_WRITING,
                 entry.severity,
-                self._facility,
+                self.facility,
                 len(message),
                 min(len(entry.pairs), PAIRS_MAX),
-                self._core,
+                self.core,
                 0,
                 entry.timestamp_ns,
                 cursor,
@@ -144,8 +142,8 @@ class SharedSPSCRingBuffer:
 
     def decode(self, record: bytes) -> LogEntry:
         """An entry from the 256 bytes of a record, whatever they are."""
-        _, severity, _, length, pair_count, core, number, timestamp, sequence, process, thread = (
-            _HEAD.unpack_from(record)
+        _, severity, _, length, pair_count, core, number, timestamp, sequence, process, thread = _HEAD.unpack_from(
+            record
         )
         pairs = []
         for i in range(min(pair_count, PAIRS_MAX)):
@@ -153,14 +151,12 @@ class SharedSPSCRingBuffer:
             pairs.append((printable(key[:key_length]), printable(value[:value_length])))
         body = record[_MESSAGE : _MESSAGE + min(length, MESSAGE_BYTES_MAX)]
         if number:
-            text = render(
-                self.segment.format(number), number, _ARGUMENTS.unpack_from(record, _MESSAGE), dict(pairs)
-            )
+            text = render(self.segment.format(number), number, _ARGUMENTS.unpack_from(record, _MESSAGE), dict(pairs))
         else:
             text = printable(body)
         return LogEntry(
             severity=Severity(severity & 7),
-            facility=Facility(self._facility),
+            facility=self.facility,
             message=text,
             core=core,
             timestamp_ns=timestamp,

@@ -132,9 +132,7 @@ class Segment:
         self.header["level_mask"] = (2 << severity) - 1
 
     def _write_formats(self, formats: dict[int, str]) -> None:
-        table = self.bytes[FORMATS_OFFSET : FORMATS_OFFSET + FORMATS.itemsize].reshape(
-            FORMATS_MAX, FORMAT_BYTES_MAX
-        )
+        table = self.bytes[FORMATS_OFFSET : FORMATS_OFFSET + FORMATS.itemsize].reshape(FORMATS_MAX, FORMAT_BYTES_MAX)
         for number, text in formats.items():
             encoded = text.encode()
             assert 0 < number < FORMATS_MAX

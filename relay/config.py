@@ -31,9 +31,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What mcrd can be told. The file has the same keys."""
 
     interfaces: tuple[str, ...] = ()
-    num_workers: Annotated[int, Meta(ge=1, le=WORKERS_MAX)] | None = (
-        None  # None: one for each of `cores`, else 1
-    )
+    num_workers: Annotated[int, Meta(ge=1, le=WORKERS_MAX)] | None = None  # None: one for each of `cores`, else 1
     cores: str | None = None  # "2,4-7"; None: those that the process may use
     user: str | None = None
     group: str | None = None

@@ -123,9 +123,7 @@ def validate(rule: Rule) -> Rule:
     if rule.source is not None and _check_address("source", rule.source).is_multicast:
         raise RuleError(f"source {rule.source} is a multicast group: give a sender's unicast address")
     if not 1 <= len(rule.outputs) <= OUTPUTS_OF_A_RULE_MAX:
-        raise RuleError(
-            f"rule {rule.rule_id}: {len(rule.outputs)} outputs; give from 1 to {OUTPUTS_OF_A_RULE_MAX}"
-        )
+        raise RuleError(f"rule {rule.rule_id}: {len(rule.outputs)} outputs; give from 1 to {OUTPUTS_OF_A_RULE_MAX}")
     for output in rule.outputs:
         _check_output(output)
     places = [output_name(output) for output in rule.outputs]
@@ -228,8 +226,7 @@ def merge(
         if former is not None:
             if not replace:
                 raise RuleError(
-                    f"rule {rule.rule_id} exists with other content: use --replace to change it, "
-                    "or choose another id"
+                    f"rule {rule.rule_id} exists with other content: use --replace to change it, or choose another id"
                 )
             remove.append(rule.rule_id)
         add[rule.rule_id] = rule

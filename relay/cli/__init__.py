@@ -1,0 +1,1 @@
+"""The commands: mcrd starts the relay, mcrctl talks to it."""

@@ -1,0 +1,1 @@
+"""The control plane process: the only one that parses what clients send."""

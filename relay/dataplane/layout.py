@@ -188,9 +188,7 @@ OUTPUT: Final = np.dtype(
     ]
 )
 # An egress socket of this relay. `addr` 0: it preserves sources, so `dst` and `dport` decide.
-OWN_SOURCE: Final = np.dtype(
-    [("addr", "<u4"), ("dst", "<u4"), ("port", "<u2"), ("dport", "<u2"), ("used", "<u4")]
-)
+OWN_SOURCE: Final = np.dtype([("addr", "<u4"), ("dst", "<u4"), ("port", "<u2"), ("dport", "<u2"), ("used", "<u4")])
 RULE_NAME_BYTES_MAX: Final = 64
 LOG_RULE_NAME_BYTES_MAX: Final = 20  # a log record's pair holds no more
 RULE_NAME: Final = np.dtype([("length", "<i4"), ("name", "u1", (LOG_RULE_NAME_BYTES_MAX,))])

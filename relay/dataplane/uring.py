@@ -110,10 +110,7 @@ class Uring:
         self._ring = IoUring()
         params = IoUringParams()
         params.flags = (
-            IORING_SETUP_CQSIZE
-            | IORING_SETUP_SUBMIT_ALL
-            | IORING_SETUP_SINGLE_ISSUER
-            | IORING_SETUP_DEFER_TASKRUN
+            IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
         )
         params.cq_entries = 2 * entries
         result = self._library.io_uring_queue_init_params(
@@ -121,8 +118,7 @@ class Uring:
         )
         if result < 0:
             raise PreflightError(
-                f"io_uring_queue_init_params: {os.strerror(-result)}: "
-                "needs Linux 6.1 and kernel.io_uring_disabled = 0"
+                f"io_uring_queue_init_params: {os.strerror(-result)}: needs Linux 6.1 and kernel.io_uring_disabled = 0"
             )
         sq, cq = self._ring.sq, self._ring.cq
         self.fd: int = self._ring.ring_fd

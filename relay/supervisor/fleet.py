@@ -136,9 +136,7 @@ class Fleet:
         self._table = compile_table((), (), 0)
         try:
             for core in cores:
-                logs = SharedMemoryLogManager.create_for_worker(
-                    core, instance, *owner, formats=events.FORMATS
-                )
+                logs = SharedMemoryLogManager.create_for_worker(core, instance, *owner, formats=events.FORMATS)
                 try:
                     stats = StatsSegment.create(core, instance, *owner)
                 except BaseException:
@@ -209,9 +207,7 @@ class Fleet:
         if any(wanted > left for wanted, left in zip(new, room, strict=True)):
             raise RuleError("too many rules or outputs change at once: change them in several steps")
 
-    def _open_egress(
-        self, plan: Plan, strict: bool, warnings: list[str]
-    ) -> dict[EgressKey, tuple[int, socket.socket]]:
+    def _open_egress(self, plan: Plan, strict: bool, warnings: list[str]) -> dict[EgressKey, tuple[int, socket.socket]]:
         opened: dict[EgressKey, tuple[int, socket.socket]] = {}
         for key in plan.egress_keys() - set(self._egress):
             try:

@@ -29,9 +29,7 @@ PACKET_FANOUT_FLAG_DEFRAG = 0x8000
 ETH_P_ALL = 0x0003
 SO_ATTACH_FILTER = 26
 SO_RCVBUFFORCE = 33
-COPY_QUEUE_BYTES = (
-    64 << 20
-)  # the room of frames too large for a slot: 900 super-frames of 64 KiB, counted twice
+COPY_QUEUE_BYTES = 64 << 20  # the room of frames too large for a slot: 900 super-frames of 64 KiB, counted twice
 BLOCK_BYTES = 1 << 20
 FRAME_BYTES = 2048  # a slot: an Ethernet frame of 1 500 bytes with all headers
 
@@ -51,9 +49,7 @@ def attach_filter(packet_socket: socket.socket, program: Sequence[bpf.Instructio
     packet_socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
 
 
-def open_ring(
-    interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | None
-) -> tuple[socket.socket, int]:
+def open_ring(interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | None) -> tuple[socket.socket, int]:
     """Open a ring that admits nothing yet; return its socket and the id of its fanout group.
 
     `fanout_id` None makes a new group. The group always has DEFRAG, so that fragments arrive as one datagram.
@@ -69,9 +65,7 @@ def open_ring(
         ring.setsockopt(SOL_PACKET, PACKET_COPY_THRESH, 1)
         ring.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         ring.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, COPY_QUEUE_BYTES)
-        request = struct.pack(
-            "@IIII", BLOCK_BYTES, ring_bytes // BLOCK_BYTES, FRAME_BYTES, ring_bytes // FRAME_BYTES
-        )
+        request = struct.pack("@IIII", BLOCK_BYTES, ring_bytes // BLOCK_BYTES, FRAME_BYTES, ring_bytes // FRAME_BYTES)
         ring.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
         attach_filter(ring, bpf.REJECT_ALL)
         ring.bind((interface, ETH_P_ALL))

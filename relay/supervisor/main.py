@@ -1,7 +1,7 @@
 """The supervisor: starts everything, hands out sockets, keeps the counters, and ends everything.
 
-One thread waits on one selector: signals, the control plane's stream, the template's and the workers' channels,
-interface changes, and a timer of one second. A second thread drains the log rings. It never parses bytes
+One thread waits on one selector: signals, the control plane's stream, the template's and the workers'
+channels, interface changes, and a timer of one second. A second thread drains the log rings. It never parses bytes
 from outside: clients talk to the control plane, which is unprivileged.
 
     mcrd ─┬─ control plane      (stream.py)
@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from logging_shm import Drain, Facility, Severity, SharedSPSCRingBuffer, SupervisorLogging
 from logging_shm.facility import segment_name
@@ -266,8 +268,8 @@ class Supervisor:
         stats = self._sampler.stats(0)
         dropped = sum(count for cause, count in stats.drops.items() if "errno" not in cause)
         self._log.info(
-            f"Stats: in {stats.packets_in}, matched {stats.packets_matched}, relayed {stats.packets_relayed}, "
-            f"dropped {dropped}, {stats.packets_per_second:.0f} packets/s, {stats.bits_per_second:.0f} bit/s"
+            f"Stats: in {stats.packets_in}, matched {stats.packets_matched}, "
+            f"relayed {stats.packets_relayed}, dropped {dropped}, {stats.packets_per_second:.0f} packets/s, {stats.bits_per_second:.0f} bit/s"
         )
 
     # --- events -----------------------------------------------------------------------------------
@@ -305,9 +307,7 @@ class Supervisor:
             )
         )
 
-    def _log_interface(
-        self, former: interfaces.Interface | None, present: interfaces.Interface | None
-    ) -> None:
+    def _log_interface(self, former: interfaces.Interface | None, present: interfaces.Interface | None) -> None:
         if present is None:
             assert former is not None
             self._log.notice(f"Interface {former.name} is gone")
@@ -432,10 +432,7 @@ class Supervisor:
         self._tell(Restore(tuple(self._rules.values()), self._configured_ids, self._options.interfaces))
         self._tell(Configure(self._configured))
 
-    def _tell(self, message: Configure | Done | Levels | Refused | Restore) -> None:
-        self._send_to_control_plane(message)
-
-    def _send_to_control_plane(self, message: object) -> None:
+    def _tell(self, message: msgspec.Struct) -> None:
         """Send; a stream that is broken is dealt with when its process has ended."""
         if self._stream is None:
             return
@@ -479,9 +476,9 @@ class Supervisor:
             case ApplyRules():
                 self._apply(request)
             case GetStats():
-                self._send_to_control_plane(self._sampler.stats(request.request_id))
+                self._tell(self._sampler.stats(request.request_id))
             case ListWorkers():
-                self._send_to_control_plane(Workers(request.request_id, self._sampler.workers()))
+                self._tell(Workers(request.request_id, self._sampler.workers()))
             case LogLevel():
                 self._on_log_level(request)
 
@@ -497,7 +494,7 @@ class Supervisor:
             self._tell(Refused(request.request_id, str(error)))
             return
         levels = {ring.segment.name: ring.segment.level.name.lower() for ring in rings}
-        self._send_to_control_plane(Levels(request.request_id, levels))
+        self._tell(Levels(request.request_id, levels))
 
     # --- template and workers ---------------------------------------------------------------------
 
@@ -580,8 +577,7 @@ class Supervisor:
         lived_s = time.monotonic() - worker.started_s
         self._fleet.worker_gone(worker)
         self._log.error(
-            f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, "
-            f"{describe_exit(exited.status)}"
+            f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {describe_exit(exited.status)}"
         )
         self._after(0 if lived_s > RESTART_DELAY_S else RESTART_DELAY_S, lambda: self._respawn(worker))
 

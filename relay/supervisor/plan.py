@@ -66,9 +66,7 @@ def _plan_output(rule: Rule, output: Output, interfaces: Mapping[str, Interface]
     return PlannedOutput(output, key, None)
 
 
-def make_plan(
-    rules: Iterable[Rule], interfaces: Mapping[str, Interface], default_interfaces: Sequence[str]
-) -> Plan:
+def make_plan(rules: Iterable[Rule], interfaces: Mapping[str, Interface], default_interfaces: Sequence[str]) -> Plan:
     """Plan for `rules`. Raises RuleError when they are more than a relay holds."""
     plan = Plan()
     names = list(default_interfaces)

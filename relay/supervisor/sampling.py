@@ -38,9 +38,7 @@ def worker_totals(worker: Worker) -> dict[str, int]:
 def worker_drops(worker: Worker) -> dict[str, int]:
     """What a worker dropped by cause; send errors by errno besides."""
     header = worker.stats.header
-    drops = {
-        cause.name.lower(): int(header["drops"][cause]) for cause in DropCause if cause is not DropCause.NONE
-    }
+    drops = {cause.name.lower(): int(header["drops"][cause]) for cause in DropCause if cause is not DropCause.NONE}
     drops[DropCause.RING_FULL.name.lower()] = int(header["ring_full"])
     for errno in np.flatnonzero(header["errno_counts"]):
         drops[f"send_error_errno_{errno}"] = int(header["errno_counts"][errno])

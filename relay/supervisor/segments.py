@@ -23,9 +23,7 @@ ORPHANS_POLL_S = 0.02
 def names_of(instance: str | None) -> list[str]:
     """The segments of an instance that exist."""
     prefix = f"mcr_{re.escape(instance)}_" if instance else "mcr_"
-    return sorted(
-        entry.name for entry in SHM_DIRECTORY.iterdir() if re.fullmatch(prefix + OF_AN_INSTANCE, entry.name)
-    )
+    return sorted(entry.name for entry in SHM_DIRECTORY.iterdir() if re.fullmatch(prefix + OF_AN_INSTANCE, entry.name))
 
 
 def _owner(name: str) -> int | None:
@@ -47,9 +45,7 @@ def remove_stale(instance: str | None) -> list[str]:
     for name in sorted(names_of(instance), key=lambda name: name != supervisor):
         while (pid := _owner(name)) is not None:
             if name == supervisor or time.monotonic() > deadline_s:
-                raise PreflightError(
-                    f"process {pid} uses /dev/shm/{name}: stop it, or choose another --instance"
-                )
+                raise PreflightError(f"process {pid} uses /dev/shm/{name}: stop it, or choose another --instance")
             time.sleep(ORPHANS_POLL_S)
     names = names_of(instance)
     for name in names:

@@ -14,9 +14,7 @@ from relay.dataplane.layout import DATAGRAM, DropCause
 from relay.dataplane.parse import parse
 
 
-def run_parse(
-    frame: bytes, gso_type: int = 0, gso_size: int = 0, trusted: bool = False
-) -> tuple[int, np.void]:
+def run_parse(frame: bytes, gso_type: int = 0, gso_size: int = 0, trusted: bool = False) -> tuple[int, np.void]:
     memory = np.frombuffer(frame, np.uint8).copy()
     datagram = np.zeros(1, DATAGRAM)
     cause = parse(memory.ctypes.data, len(memory), gso_type, gso_size, trusted, datagram[0])

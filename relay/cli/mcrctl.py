@@ -1,0 +1,220 @@
+"""mcrctl: the control client. Each command is one request; --json prints the answer as it came."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from relay import api
+from relay.cli import show
+from relay.client import Client
+from relay.config import LOG_LEVELS, parse, socket_path
+from relay.errors import RelayError, RuleError
+from relay.rules import Output, Rule, parse_output, parse_ttl
+from relay.version import VERSION
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """One line on stderr and the error's exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except RelayError as error:
+            click.echo(f"mcrctl: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return wrapper
+
+
+def json_option(command: Callable[..., None]) -> Callable[..., None]:
+    """--json for a command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+@click.group(epilog="Example: mcrctl add-rule --input-group 239.1.1.1 --input-port 5001 --output 239.2.2.2:6001:lo")
+@click.option("--socket", metavar="PATH", help="Control socket. [default: /run/mcr/control.sock]")
+@click.option("--instance", metavar="NAME", help="The relay's instance name.")
+@click.version_option(VERSION, prog_name="mcrctl")
+@click.pass_context
+def main(context: click.Context, socket: str | None, instance: str | None) -> None:
+    """Talk to a running relay."""
+    context.obj = socket_path(socket, instance)
+
+
+def _ask(request: api.Request, as_json: bool) -> api.Answer:
+    """Ask; print warnings, and the result when it is wanted as JSON."""
+    path: Path = click.get_current_context().obj
+    with Client(path) as client:
+        answer = client.ask(request)
+    for warning in answer.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(answer.result)).decode())
+    return answer
+
+
+def _single_output(
+    group: str | None, port: int | None, interface: str | None, ttl: str | None, dscp: int | None
+) -> list[Output]:
+    """The output that --output-group and its companions describe, if any. Raises RuleError."""
+    given = {"--output-group": group, "--output-port": port, "--output-interface": interface}
+    if group is None and port is None and interface is None:
+        return []
+    missing = [name for name, value in given.items() if value is None]
+    if missing or group is None or port is None or interface is None:
+        raise RuleError(f"{', '.join(missing)} missing: an output has a group, a port and an interface")
+    return [Output(group, port, interface, parse_ttl(ttl) if ttl else None, dscp)]
+
+
+@main.command("add-rule")
+@click.option("--rule-id", metavar="ID", default="", help="[default: a hash of the rule]")
+@click.option("--input-group", metavar="G", help="Multicast group, or a unicast address of this host.")
+@click.option("--input-port", type=int, metavar="P")
+@click.option("--input-interface", metavar="I", help="[default: every interface of the relay]")
+@click.option("--source", metavar="S", help="Only datagrams of this sender.")
+@click.option("--output-group", metavar="G", help="Multicast group or unicast address.")
+@click.option("--output-port", type=int, metavar="P")
+@click.option("--output-interface", metavar="I")
+@click.option("--ttl", metavar="N|decrement", help="[default: 1 for multicast]")
+@click.option("--dscp", type=int, metavar="N")
+@click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
+@click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
+@click.option("--replace", is_flag=True, help="Change the rule of this id.")
+@click.option("--file", "file", type=click.Path(path_type=Path), help="Add the rules of a TOML file, all or none.")
+@json_option
+@reports_errors
+def add_rule(
+    rule_id: str,
+    input_group: str | None,
+    input_port: int | None,
+    input_interface: str | None,
+    source: str | None,
+    output_group: str | None,
+    output_port: int | None,
+    output_interface: str | None,
+    ttl: str | None,
+    dscp: int | None,
+    outputs: tuple[str, ...],
+    preserve_source: bool,
+    replace: bool,
+    file: Path | None,
+    as_json: bool,
+) -> None:
+    """Add a rule, or several from a file."""
+    if file is not None:
+        try:
+            _, rules = parse(file.read_text(), str(file))
+        except OSError as error:
+            raise RuleError(f"{file}: {error.strerror}: give a readable file") from error
+    else:
+        if input_group is None or input_port is None:
+            raise RuleError("--input-group and --input-port are needed, or --file")
+        wanted = _single_output(output_group, output_port, output_interface, ttl, dscp)
+        wanted += [parse_output(text, dscp) for text in outputs]
+        if not wanted:
+            raise RuleError("no output: give --output G:P:I, or --output-group, --output-port and --output-interface")
+        rule = Rule(
+            rule_id=rule_id,
+            input_group=input_group,
+            input_port=input_port,
+            outputs=tuple(wanted),
+            input_interface=input_interface,
+            source=source,
+            preserve_source=preserve_source,
+        )
+        rules = (rule,)
+    answer = _ask(api.AddRules(rules, replace), as_json)
+    if not as_json:
+        for added in answer.result["rule_ids"]:
+            click.echo(f"rule {added} {'unchanged' if added in answer.result['unchanged'] else 'added'}")
+
+
+@main.command("remove-rule")
+@click.argument("rule_ids", metavar="ID…", nargs=-1, required=True)
+@json_option
+@reports_errors
+def remove_rule(rule_ids: tuple[str, ...], as_json: bool) -> None:
+    """Remove rules, all or none."""
+    _ask(api.RemoveRules(rule_ids), as_json)
+    if not as_json:
+        for rule_id in rule_ids:
+            click.echo(f"rule {rule_id} removed")
+
+
+@main.command("list-rules")
+@json_option
+@reports_errors
+def list_rules(as_json: bool) -> None:
+    """The active rules."""
+    answer = _ask(api.ListRules(), as_json)
+    if not as_json:
+        show.rules(answer.result)
+
+
+@main.command("get-stats")
+@json_option
+@reports_errors
+def get_stats(as_json: bool) -> None:
+    """Totals since the start, and rates over the last second."""
+    answer = _ask(api.GetStats(), as_json)
+    if not as_json:
+        show.stats(answer.result)
+
+
+@main.command("list-workers")
+@json_option
+@reports_errors
+def list_workers(as_json: bool) -> None:
+    """The workers."""
+    answer = _ask(api.ListWorkers(), as_json)
+    if not as_json:
+        show.workers(answer.result)
+
+
+@main.command("ping")
+@json_option
+@reports_errors
+def ping(as_json: bool) -> None:
+    """Whether the relay answers."""
+    answer = _ask(api.Ping(), as_json)
+    if not as_json:
+        click.echo(f"mcrd {answer.result['version']} answers")
+
+
+@main.group("log-level")
+def log_level() -> None:
+    """Which severities are logged."""
+
+
+def _show_levels(request: api.LogLevel, as_json: bool) -> None:
+    answer = _ask(request, as_json)
+    if not as_json:
+        for name, level in answer.result.items():
+            click.echo(f"{name}: {level}")
+
+
+@log_level.command("get")
+@click.option("--facility")
+@click.option("--core", type=int)
+@json_option
+@reports_errors
+def log_level_get(facility: str | None, core: int | None, as_json: bool) -> None:
+    """The level of each ring."""
+    _show_levels(api.LogLevel(None, facility, core), as_json)
+
+
+@log_level.command("set")
+@click.argument("level", type=click.Choice(LOG_LEVELS))
+@click.option("--facility", help="Only this one, such as Ingress.")
+@click.option("--core", type=int, help="Only this worker's.")
+@json_option
+@reports_errors
+def log_level_set(level: str, facility: str | None, core: int | None, as_json: bool) -> None:
+    """Log records as grave as LEVEL or graver."""
+    _show_levels(api.LogLevel(level, facility, core), as_json)

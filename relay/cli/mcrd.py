@@ -1,0 +1,63 @@
+"""mcrd: the supervisor from the command line. Reads options, checks the machine, runs in the foreground."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay import config, preflight
+from relay.config import LOG_LEVELS, Options
+from relay.errors import RelayError
+from relay.privileges import resolve_user
+from relay.rules import Rule, check_cycles
+from relay.supervisor.main import Supervisor
+from relay.version import VERSION
+
+HELP = """Relay multicast: receive from packet rings, match rules, send again with io_uring.
+
+Runs in the foreground until Ctrl-C or SIGTERM; SIGHUP reads the configuration's rules again.
+"""
+
+
+def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tuple[Rule, ...]]:
+    """Options and rules from the file and the command line. Raises RelayError."""
+    file_options, rules = config.read(path) if path is not None else ({}, ())
+    options = config.merge(file_options, command_line)
+    check_cycles(rules, {rule.rule_id: rule for rule in rules}, options.interfaces)
+    return options, rules
+
+
+@click.command(help=HELP, epilog="Example: mcrd --interface eth0 --interface eth1 --num-workers 2")
+@click.option("--interface", "interfaces", multiple=True, metavar="IFACE", help="Receive here; repeatable.")
+@click.option("--num-workers", type=int, help="Worker processes, each on a core of its own. [default: 1]")
+@click.option("--cores", metavar="LIST", help="Cores of the workers, such as 2,4-7. [default: the first allowed]")
+@click.option("--user", help="Whom control plane and workers run as. [default: the caller of sudo, else nobody]")
+@click.option("--group", help="Their group. [default: the user's]")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file with options and rules.")
+@click.option("--instance", metavar="NAME", help="Name of this relay, to run several on a host.")
+@click.option("--socket", metavar="PATH", help="Control socket. [default: /run/mcr/control.sock]")
+@click.option(
+    "--fanout", type=click.Choice(["hash", "cpu", "qm"]), help="How workers share an interface. [default: hash]"
+)
+@click.option("--ring-mib", type=int, help="Packet ring for each worker and interface. [default: 16]")
+@click.option("--idle", type=click.Choice(["adaptive", "sleep", "spin"]), help="How workers wait. [default: adaptive]")
+@click.option("--log-level", type=click.Choice(LOG_LEVELS), metavar="LEVEL", help="Least severity. [default: info]")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
+@click.option("--stats-interval-s", type=int, help="Seconds between stats lines, 0 for none. [default: 10]")
+@click.option("--check", is_flag=True, help="Check configuration and privileges; start nothing.")
+@click.version_option(VERSION, prog_name="mcrd")
+def main(config_path: Path | None, check: bool, **command_line: Any) -> None:
+    """Start the relay; see HELP."""
+    try:
+        options, rules = load(config_path, command_line)
+        owner = resolve_user(options.user, options.group)
+        cores = preflight.check(options)
+        if check:
+            click.echo(f"ok: {len(rules)} rules, {len(cores)} workers on {', '.join(options.interfaces)}")
+            return
+        supervisor = Supervisor(options, rules, cores, owner, lambda: load(config_path, command_line)[1])
+        sys.exit(supervisor.run())
+    except RelayError as error:
+        click.echo(f"mcrd: {error}", err=True)
+        sys.exit(error.exit_code)

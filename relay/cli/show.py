@@ -1,0 +1,100 @@
+"""Answers as tables for people. Pure but for printing."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SHOWN_OUTPUTS_MAX = 3
+
+
+def _console() -> Console:
+    # A pipe has no width: rows stay whole for grep.
+    console = Console(soft_wrap=False, highlight=False)
+    return console if console.is_terminal else Console(width=200, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        numeric = column.endswith(("/s", "packets", "matched", "relayed", "dropped", "in", "pid", "core"))
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "outputs")
+    return table
+
+
+def si(value: float) -> str:
+    """A rate in its best unit."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f} "
+
+
+def _drops(drops: dict[str, int]) -> str:
+    return ", ".join(f"{cause} {count}" for cause, count in drops.items() if count) or "none"
+
+
+def _outputs(rule: dict[str, Any]) -> str:
+    names = []
+    for output in rule["outputs"]:
+        ttl = f":{output['ttl']}" if output["ttl"] is not None else ""
+        names.append(f"{output['group']}:{output['port']}:{output['interface']}{ttl}")
+    more = f" and {len(names) - SHOWN_OUTPUTS_MAX} more" if len(names) > SHOWN_OUTPUTS_MAX else ""
+    return " ".join(names[:SHOWN_OUTPUTS_MAX]) + more
+
+
+def rules(result: list[dict[str, Any]]) -> None:
+    """A line for each rule."""
+    table = _table("rule", "input", "interface", "source", "outputs", "state")
+    for rule in result:
+        table.add_row(
+            rule["rule_id"],
+            f"{rule['input_group']}:{rule['input_port']}",
+            rule["input_interface"] or "any",
+            rule["source"] or "any",
+            _outputs(rule),
+            rule["state"],
+        )
+    _console().print(table if result else "no rules")
+
+
+def stats(result: dict[str, Any]) -> None:
+    """Totals, then a line for each rule."""
+    console = _console()
+    console.print(
+        f"up {result['uptime_s']:.0f} s   in {result['packets_in']}   matched {result['packets_matched']}   "
+        f"relayed {result['packets_relayed']}   {si(result['packets_per_second'])}packets/s   "
+        f"{si(result['bits_per_second'])}bit/s"
+    )
+    console.print(f"dropped: {_drops(result['drops'])}")
+    table = _table("rule", "matched", "relayed", "dropped", "packets/s", "bit/s", "state")
+    for rule in result["rules"]:
+        table.add_row(
+            rule["rule_id"],
+            str(rule["packets_matched"]),
+            str(rule["packets_relayed"]),
+            str(sum(sum(output["drops"].values()) for output in rule["outputs"])),
+            si(rule["packets_per_second"]),
+            si(rule["bits_per_second"]),
+            rule["state"],
+        )
+    if result["rules"]:
+        console.print(table)
+
+
+def workers(result: list[dict[str, Any]]) -> None:
+    """A line for each worker."""
+    table = _table("core", "pid", "state", "in", "matched", "relayed", "packets/s", "bit/s", "dropped by cause")
+    for worker in result:
+        table.add_row(
+            str(worker["core"]),
+            str(worker["pid"]),
+            worker["state"],
+            str(worker["packets_in"]),
+            str(worker["packets_matched"]),
+            str(worker["packets_relayed"]),
+            si(worker["packets_per_second"]),
+            si(worker["bits_per_second"]),
+            _drops(worker["drops"]),
+        )
+    _console().print(table)

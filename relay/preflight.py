@@ -1,0 +1,75 @@
+"""Preflight: what the machine must allow before anything starts. Each refusal names the remedy in its line."""
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from relay.config import Options, parse_cores
+from relay.errors import PreflightError
+from relay.supervisor.interfaces import snapshot
+
+KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
+IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
+
+
+def check_kernel(release: str, io_uring_disabled: int) -> None:
+    """Raises PreflightError for a kernel that lacks io_uring as the relay uses it, or forbids it."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    if match is None or (int(match[1]), int(match[2])) < KERNEL_MIN:
+        raise PreflightError(f"kernel {release} is too old: the relay needs Linux 6.1 or newer")
+    if io_uring_disabled:
+        raise PreflightError(
+            f"io_uring is disabled (kernel.io_uring_disabled = {io_uring_disabled}): "
+            "run `sysctl kernel.io_uring_disabled=0`"
+        )
+
+
+def check_capabilities(effective: int) -> None:
+    """Raises PreflightError when a capability is missing from a CapEff mask."""
+    for name, bit in CAPABILITIES.items():
+        if not effective >> bit & 1:
+            raise PreflightError(f"{name} is missing: start as root, with `sudo make run IFACE=…` or `sudo mcrd`")
+
+
+def choose_cores(options: Options, allowed: Sequence[int]) -> tuple[int, ...]:
+    """The core of each worker. Raises PreflightError when there are not as many as asked for."""
+    if options.cores is None:
+        wanted = options.num_workers or 1
+        if wanted > len(allowed):
+            raise PreflightError(f"{wanted} workers need as many cores: this process may use {len(allowed)}")
+        return tuple(allowed[:wanted])
+    cores = parse_cores(options.cores)
+    for core in cores:
+        if core not in allowed:
+            raise PreflightError(
+                f"core {core} is not allowed to this process: allowed are {', '.join(map(str, allowed))}"
+            )
+    if options.num_workers is not None and options.num_workers != len(cores):
+        if options.num_workers > len(cores):
+            raise PreflightError(f"{options.num_workers} workers need as many cores: --cores names {len(cores)}")
+        return cores[: options.num_workers]
+    return cores
+
+
+def check_interfaces(names: Sequence[str]) -> None:
+    """Raises PreflightError for a name that is no interface of this host."""
+    existing = snapshot()
+    for name in names:
+        if name not in existing:
+            raise PreflightError(f"no interface {name}: this host has {', '.join(sorted(existing))}")
+
+
+def check(options: Options) -> tuple[int, ...]:
+    """Check everything; return the cores of the workers. Raises PreflightError."""
+    disabled = int(IO_URING_DISABLED.read_text()) if IO_URING_DISABLED.exists() else 0
+    check_kernel(platform.release(), disabled)
+    status = Path("/proc/self/status").read_text()
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    check_capabilities(int(effective[1], 16) if effective else 0)
+    check_interfaces(options.interfaces)
+    return choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))
