@@ -268,8 +268,8 @@ class Supervisor:
         stats = self._sampler.stats(0)
         dropped = sum(count for cause, count in stats.drops.items() if "errno" not in cause)
         self._log.info(
-            f"Stats: in {stats.packets_in}, matched {stats.packets_matched}, "
-            f"relayed {stats.packets_relayed}, dropped {dropped}, {stats.packets_per_second:.0f} packets/s, {stats.bits_per_second:.0f} bit/s"
+            f"Stats: in {stats.packets_in}, matched {stats.packets_matched}, relayed {stats.packets_relayed}, "
+            f"dropped {dropped}, {stats.packets_per_second:.0f} packets/s, {stats.bits_per_second:.0f} bit/s"
         )
 
     # --- events -----------------------------------------------------------------------------------
