@@ -1,0 +1,1 @@
+"""What a user runs by hand: traffic generator and checker, demo, benchmarks."""
