@@ -12,9 +12,10 @@ from pathlib import Path
 
 def _cache_directory() -> Path:
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for source in sorted((*package.glob("*.py"), *(package.parents[1] / "logging_shm").glob("*.py"))):
-        digest.update(source.read_bytes())
+    root = Path(__file__).parents[2]
+    for part in ("relay/dataplane", "logging_shm", "tools"):
+        for source in sorted((root / part).glob("*.py")):
+            digest.update(source.read_bytes())
     return Path(sys.prefix) / "var" / "mcr-compiled" / digest.hexdigest()[:16]
 
 
