@@ -47,7 +47,7 @@ def spread(group: str, port: int, flows: int, by: str) -> list[tuple[str, int]]:
     """The destination of each flow. Raises UsageError when they leave the range of addresses or ports."""
     first = parse_group(group)
     last_port = port + (flows - 1 if by == "port" else 0)
-    if not (1 <= port and last_port <= 65_535):
+    if not (port >= 1 and last_port <= 65_535):
         raise UsageError(f"--port {port}: ports from 1 to 65535, for {flows} flows up to {last_port}")
     if by == "group":
         return [(str(first + flow), port) for flow in range(flows)]

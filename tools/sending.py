@@ -12,7 +12,7 @@ from logging_shm.atomics import int64, load_i64, load_u32, store_i32, store_i64,
 from relay.dataplane.layout import IOVEC, MMSGHDR, UDP_PAYLOAD_MAX, UDP_SEGMENTS_MAX
 from relay.dataplane.send import CMSG_HEADER_BYTES, SOL_UDP, UDP_SEGMENT
 from relay.dataplane.syscalls import clock_gettime, clock_nanosleep
-from tools.payload import fill
+from tools.payload import HEADER_BYTES, fill
 
 CLOCK_REALTIME: Final = 0
 CLOCK_MONOTONIC: Final = 1
@@ -153,15 +153,14 @@ def send_tick(s: Any, per_tick: int, gso: bool, kind: int, offset: int, run: int
         sent = count * sent
     state.tick += 1
     state.remaining -= count
-    s.sequences[flow] += count
+    if size >= offset + HEADER_BYTES:  # what has no room for a number takes none
+        s.sequences[flow] += count
     state.datagrams += sent
     state.bytes += sent * size
 
 
 @njit(cache=True, nogil=True)
-def send_until(
-    s: Any, end_ns: int, pause_ns: int, per_tick: int, gso: bool, kind: int, offset: int, run: int
-) -> int:
+def send_until(s: Any, end_ns: int, pause_ns: int, per_tick: int, gso: bool, kind: int, offset: int, run: int) -> int:
     """Send until `end_ns`, or until nothing remains; return to the interpreter after `pause_ns` at the latest.
 
     A tick that comes late is made up for, so the average rate holds. Returns the datagrams that remain.
