@@ -1,25 +1,37 @@
 # Every routine of the project. `make help` lists them.
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
-STAMP := $(VENV)/.stamp
+BIN := .venv/bin
+IFACE ?=
+ARGS ?=
 
-.PHONY: help setup lint test
+.PHONY: help setup run test lint demo lock clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-$(STAMP): requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
-	touch $@
+setup: ## virtual environment, locked packages, compiled code
+	@command -v $(PYTHON) >/dev/null || { echo "setup: no $(PYTHON): install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py
 
-setup: $(STAMP) ## the virtual environment, from the lock file
+run: setup ## start the relay: sudo make run IFACE=lo [ARGS="--config relay.toml"]
+	@test -n "$(IFACE)$(ARGS)" || { echo "run: no interface: sudo make run IFACE=lo" >&2; exit 1; }
+	@exec $(BIN)/mcrd $(foreach interface,$(IFACE),--interface $(interface)) $(ARGS)
 
-lint: setup ## ruff and mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+test: setup ## every test: unit, property, processes, and real traffic in network namespaces (as root)
+	@$(PYTHON) tools/bootstrap.py --programs
+	@$(BIN)/python -m pytest $(ARGS)
 
-test: setup ## every test
-	$(VENV)/bin/pytest
+lint: setup ## ruff and strict types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+demo: setup ## ten seconds of relayed traffic in network namespaces of its own (as root)
+	@$(BIN)/python -m tools.demo
+
+lock: ## renew requirements.lock from pyproject.toml (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \
+		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
+
+clean: ## remove what setup made
+	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

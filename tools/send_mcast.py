@@ -104,9 +104,7 @@ def progress(sender: Sender, elapsed_s: float, since_s: float, before: tuple[int
 @click.option("--group", default="239.1.1.1", show_default=True, help="Multicast group or unicast address.")
 @click.option("--port", type=int, default=5001, show_default=True)
 @click.option("--interface", default="lo", show_default=True, help="Name or address.")
-@click.option(
-    "--rate", default="1000", show_default=True, help="50000, 50kpps, 10Mbps, 2.5Gbit/s or max."
-)
+@click.option("--rate", default="1000", show_default=True, help="50000, 50kpps, 10Mbps, 2.5Gbit/s or max.")
 @click.option("--size", default="1316", show_default=True, help="Payload bytes, or a range such as 64-1400.")
 @click.option("--count", type=click.IntRange(1), help="Datagrams, of all flows together.")
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds. [default: until Ctrl-C]")
@@ -120,9 +118,7 @@ def progress(sender: Sender, elapsed_s: float, since_s: float, before: tuple[int
 )
 @click.option("--ttl", type=click.IntRange(1, 255), default=1, show_default=True)
 @click.option("--payload", type=click.Choice(list(KINDS)), default="seq", show_default=True)
-@click.option(
-    "--burst", type=click.IntRange(1, UDP_SEGMENTS_MAX), help="Sent back to back. [default: by the rate]"
-)
+@click.option("--burst", type=click.IntRange(1, UDP_SEGMENTS_MAX), help="Sent back to back. [default: by the rate]")
 @click.option("--gso/--no-gso", default=True, help="Let the kernel cut bursts into datagrams. [default: gso]")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")

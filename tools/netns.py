@@ -1,0 +1,105 @@
+"""Network namespaces for tests, demo and benchmarks: hosts joined by cables, on one machine, gone afterwards.
+
+    gen ──── relay ──── sink          with Line(): two cables, three hosts
+     10.1.0.1  10.1.0.2 10.2.0.1  10.2.0.2
+
+Needs root and iproute2. Names carry the process id, so that several run side by side.
+"""
+
+import itertools
+import os
+import subprocess
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+_serial = itertools.count(1)
+
+
+def ip(*arguments: str) -> None:
+    """Run `ip`. Raises RuntimeError with what it printed."""
+    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {result.stderr.strip()}")
+
+
+class Host:
+    """A network namespace with its loopback up; a context manager."""
+
+    def __init__(self, name: str) -> None:
+        self.namespace = f"mcr{os.getpid()}-{next(_serial)}-{name}"
+        ip("netns", "add", self.namespace)
+        self.ip("link", "set", "lo", "up")
+
+    def ip(self, *arguments: str) -> None:
+        """Run `ip` in this namespace."""
+        ip("-n", self.namespace, *arguments)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line that runs `arguments` in this namespace."""
+        return ["ip", "netns", "exec", self.namespace, *arguments]
+
+    def popen(self, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
+        """Start a process here."""
+        return subprocess.Popen(self.command(arguments), text=True, **options)
+
+    def run(self, arguments: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        """Run a process here to its end."""
+        return subprocess.run(self.command(arguments), text=True, check=False, **options)
+
+    def close(self) -> None:
+        """Delete the namespace with all that is in it."""
+        ip("netns", "del", self.namespace)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(
+    left: Host, left_name: str, left_address: str, right: Host, right_name: str, right_address: str, mtu: int = 1500
+) -> None:
+    """Join two hosts by a cable (veth); addresses with their prefix, such as 10.1.0.1/24."""
+    left.ip(
+        *("link", "add", left_name, "mtu", str(mtu), "type", "veth"),
+        *("peer", "name", right_name, "mtu", str(mtu), "netns", right.namespace),
+    )
+    for host, name, address in ((left, left_name, left_address), (right, right_name, right_address)):
+        host.ip("addr", "add", address, "dev", name)
+        host.ip("link", "set", name, "up")
+        host.ip("route", "add", "224.0.0.0/4", "dev", name, "metric", "100")
+
+
+class Line:
+    """gen ─ relay ─ … ─ sink: hosts in a row, each cable a network of its own. A context manager.
+
+    Cable k joins interface `right` of host k, 10.k.0.1, with interface `left` of host k+1, 10.k.0.2.
+    """
+
+    def __init__(self, *names: str, mtu: int = 1500) -> None:
+        self.hosts: list[Host] = []
+        try:
+            for name in names:
+                self.hosts.append(Host(name))
+            for k, (left, right) in enumerate(itertools.pairwise(self.hosts), 1):
+                connect(left, "right", f"10.{k}.0.1/24", right, "left", f"10.{k}.0.2/24", mtu)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Delete every host."""
+        for host in self.hosts:
+            host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
