@@ -6,13 +6,17 @@
 Needs root and iproute2. Names carry the process id, so that several run side by side.
 """
 
+import contextlib
+import ctypes
 import itertools
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 _serial = itertools.count(1)
 
 
@@ -21,6 +25,11 @@ def ip(*arguments: str) -> None:
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {result.stderr.strip()}")
+
+
+def _setns(descriptor: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class Host:
@@ -47,6 +56,16 @@ class Host:
         """Run a process here to its end."""
         return subprocess.run(self.command(arguments), text=True, check=False, **options)
 
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Let the calling thread be in this namespace: a socket that it opens stays there. man 2 setns."""
+        with Path("/proc/thread-self/ns/net").open() as home, Path(f"/run/netns/{self.namespace}").open() as there:
+            _setns(there.fileno())
+            try:
+                yield
+            finally:
+                _setns(home.fileno())
+
     def close(self) -> None:
         """Delete the namespace with all that is in it."""
         ip("netns", "del", self.namespace)
@@ -71,7 +90,6 @@ def connect(
     for host, name, address in ((left, left_name, left_address), (right, right_name, right_address)):
         host.ip("addr", "add", address, "dev", name)
         host.ip("link", "set", name, "up")
-        host.ip("route", "add", "224.0.0.0/4", "dev", name, "metric", "100")
 
 
 class Line:

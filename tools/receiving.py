@@ -41,6 +41,8 @@ FLOW: Final = np.dtype(
         ("first", "<i8"),
         ("last", "<i8"),
         ("run_unique", "<i8"),
+        ("socket", "<i8"),  # a flow is a sender's number at one socket: copies in other groups are flows, too
+        ("number", "<i8"),
         ("run", "<u4"),
         ("seen", "<u4"),
     ]
@@ -171,7 +173,23 @@ def account(flow: Any, window: Any, sequence: int, run: int) -> None:
 
 
 @njit(cache=True, nogil=True)
-def take(r: Any, payload: int, length: int, received_ns: int) -> None:
+def find_flow(r: Any, socket_index: int, number: int) -> int:
+    """The place of a flow in the table, which is taken now if it is new; -1 when there is no room."""
+    place = (number * 0x9E3779B1 + socket_index * 0x85EBCA77) % FLOWS_MAX
+    for _ in range(FLOWS_MAX):
+        flow = r.flows[place]
+        if flow.seen == 0:
+            flow.socket = socket_index
+            flow.number = number
+            return place
+        if flow.socket == socket_index and flow.number == number:
+            return place
+        place = (place + 1) % FLOWS_MAX
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def take(r: Any, socket_index: int, payload: int, length: int, received_ns: int) -> None:
     """Check one datagram."""
     totals = r.totals[0]
     totals.datagrams += 1
@@ -186,8 +204,8 @@ def take(r: Any, payload: int, length: int, received_ns: int) -> None:
     if not is_intact(payload, length, offset):
         totals.corrupt += 1
         return
-    flow = int64(load_u32(payload + offset + 4))
-    if flow >= FLOWS_MAX:
+    flow = find_flow(r, socket_index, int64(load_u32(payload + offset + 4)))
+    if flow < 0:
         totals.foreign += 1
         return
     account(r.flows[flow], r.windows[flow], load_i64(payload + offset + 8), int64(load_u32(payload + offset + 24)))
@@ -232,12 +250,12 @@ def take_message(r: Any, index: int, socket_index: int) -> None:
     if len(r.record):
         record(r, r.buffers[index], length)
     if length == 0:
-        take(r, payload, 0, received_ns)
+        take(r, socket_index, payload, 0, received_ns)
         return
     at = int64(0)
     while at < length:
         taken = min(segment_bytes, length - at)
-        take(r, payload + at, taken, received_ns)
+        take(r, socket_index, payload + at, taken, received_ns)
         at += taken
 
 

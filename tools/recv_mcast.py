@@ -106,11 +106,13 @@ def percentiles(latency: Any) -> dict[str, float]:
     }
 
 
-def summarise(receiver: Receiver, elapsed_s: float, expect: int | None) -> dict[str, Any]:
+def summarise(
+    receiver: Receiver, destinations: list[tuple[str, int]], elapsed_s: float, expect: int | None
+) -> dict[str, Any]:
     """Everything that was found, and whether it is all right."""
     totals = receiver.totals[0]
     flows = receiver.flows[receiver.flows["seen"] != 0]
-    numbers = np.flatnonzero(receiver.flows["seen"])
+    flows = np.sort(flows, order=("socket", "number"))
     lost = flows["lost_before"] + flows["last"] - flows["first"] + 1 - flows["run_unique"]
     datagrams = int(totals["datagrams"])
     summary: dict[str, Any] = {
@@ -128,13 +130,14 @@ def summarise(receiver: Receiver, elapsed_s: float, expect: int | None) -> dict[
         "latency_us": {**percentiles(receiver.latency), "max": int(totals["latency_ns_max"]) / 1000},
         "per_flow": [
             {
-                "flow": int(number),
+                "destination": "{}:{}".format(*destinations[int(flow["socket"])]),
+                "flow": int(flow["number"]),
                 "datagrams": int(flow["datagrams"]),
                 "lost": int(gone),
                 "duplicated": int(flow["duplicates"]),
                 "reordered": int(flow["reordered"]),
             }
-            for number, flow, gone in zip(numbers, flows, lost, strict=True)
+            for flow, gone in zip(flows, lost, strict=True)
         ],
     }
     wrong = ("lost", "duplicated", "reordered", "corrupt", "foreign")
@@ -155,7 +158,7 @@ def show(summary: dict[str, Any]) -> None:
     if summary["expected"] not in (None, summary["datagrams"]):
         console.print(f"expected {summary['expected']} datagrams")
     if len(summary["per_flow"]) > 1:
-        table = Table("flow", "datagrams", "lost", "duplicated", "reordered", box=None)
+        table = Table("destination", "flow", "datagrams", "lost", "duplicated", "reordered", box=None)
         for flow in summary["per_flow"][:FLOWS_SHOWN]:
             table.add_row(*(str(value) for value in flow.values()))
         console.print(table)
@@ -248,7 +251,7 @@ def main(
             stack.enter_context(sock)
     if record_path is not None:
         record_path.write_bytes(receiver.record[: int(receiver.totals[0]["recorded"])].tobytes())
-    summary = summarise(receiver, elapsed_s, expect)
+    summary = summarise(receiver, destinations, elapsed_s, expect)
     if as_json:
         click.echo(json.dumps(summary))
     else:
