@@ -1,0 +1,179 @@
+"""A relay and its traffic in network namespaces, for system tests. Real processes, real sockets.
+
+with Line("gen", "relay", "sink") as line: Relay(line.hosts[1], …)
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.environment import CHECKOUT
+from tools.netns import Host
+
+PYTHON = sys.executable
+BIN = Path(sys.executable).parent
+DEADLINE_S = 60.0
+POLL_S = 0.02
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Poll until `condition` gives something true; return it."""
+    end_s = time.monotonic() + deadline_s
+    while not (result := condition()):
+        assert time.monotonic() < end_s, f"did not happen within {deadline_s} s: {what}"
+        time.sleep(POLL_S)
+    return result
+
+
+class Relay:
+    """A running mcrd in a namespace."""
+
+    serial = 0
+
+    def __init__(self, host: Host, folder: Path, interfaces: Sequence[str], workers: int = 1, *options: str) -> None:
+        Relay.serial += 1
+        self.host = host
+        self.instance = f"test{os.getpid()}-{Relay.serial}"
+        self.log = folder / f"{self.instance}.log"
+        self.socket = folder / f"{self.instance}.sock"
+        command = [str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance]
+        command += [word for interface in interfaces for word in ("--interface", interface)]
+        command += ["--num-workers", str(workers), *options]
+        with self.log.open("w") as out:
+            self.process = host.popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            for core in self.cores(workers):
+                self.wait_for_log(f"Data plane worker started on core {core}")
+        except BaseException:
+            self.kill()
+            raise
+
+    @staticmethod
+    def cores(workers: int) -> list[int]:
+        """The cores that workers get by default."""
+        return sorted(os.sched_getaffinity(0))[:workers]
+
+    @property
+    def pid(self) -> int:
+        """The pid of mcrd itself: `ip netns exec` becomes the program."""
+        return self.process.pid
+
+    def text(self) -> str:
+        """The log so far."""
+        return self.log.read_text()
+
+    def wait_for_log(self, text: str) -> None:
+        """Wait until a line with `text` is there."""
+        wait_until(lambda: text in self.text() or self.process.poll() is not None, f"log line {text!r}")
+        assert text in self.text(), self.text()
+
+    def control(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run mcrctl; whatever its exit code."""
+        command = [str(BIN / "mcrctl"), "--socket", str(self.socket), *arguments]
+        return self.host.run(command, capture_output=True)
+
+    def ask(self, *arguments: str) -> Any:
+        """Run mcrctl --json and return its answer."""
+        result = self.control(*arguments, "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def add(self, rule_id: str, group_port: str, *outputs: str, options: Sequence[str] = ()) -> None:
+        """Add a rule from `group:port` to outputs."""
+        group, port = group_port.split(":")
+        arguments = ["--rule-id", rule_id, "--input-group", group, "--input-port", port, *options]
+        arguments += [word for output in outputs for word in ("--output", output)]
+        self.ask("add-rule", *arguments)
+
+    def add_many(self, folder: Path, rules: Sequence[tuple[str, str, str]]) -> None:
+        """Add (id, `group:port`, output) rules in one request."""
+        lines = []
+        for rule_id, group_port, output in rules:
+            group, port = group_port.split(":")
+            lines += ["[[rules]]", f'rule_id = "{rule_id}"', f'input_group = "{group}"', f"input_port = {port}"]
+            lines += [f'outputs = ["{output}"]']
+        file = folder / "rules.toml"
+        file.write_text("\n".join(lines))
+        self.ask("add-rule", "--file", str(file))
+
+    def stats(self) -> Any:
+        """What get-stats answers."""
+        return self.ask("get-stats")
+
+    def assert_accounted(self) -> Any:
+        """Every datagram that came in left, or is counted under a cause: in equals out plus drops. Returns stats."""
+        stats = self.stats()
+        before_match = ("truncated", "parse_error", "fragment", "checksum", "no_match", "own_egress")
+        assert stats["packets_in"] == stats["packets_matched"] + sum(stats["drops"][cause] for cause in before_match)
+        for rule in stats["rules"]:
+            for output in rule["outputs"]:
+                assert rule["packets_matched"] == output["packets"] + sum(output["drops"].values()), rule["rule_id"]
+        return stats
+
+    def stop(self) -> str:
+        """Stop as Ctrl-C does; nothing may be left. Returns the log."""
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(10) == 0, self.text()
+        assert self.leftovers() == []
+        return self.text()
+
+    def leftovers(self) -> list[str]:
+        """What of this relay still exists."""
+        segments = [str(path) for path in Path("/dev/shm").glob(f"mcr_{self.instance}_*")]
+        sockets = [str(self.socket)] if self.socket.exists() else []
+        return segments + sockets
+
+    def kill(self) -> None:
+        """End it whatever its state, for teardown."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        print(f"--- log of {self.instance} ---\n{self.text()}")  # shown when the test failed
+
+
+@contextlib.contextmanager
+def receiving(host: Host, folder: Path, *options: str) -> Iterator[Callable[[], Any]]:
+    """Run recv_mcast.py; in the block it has joined. Gives a function that waits for its summary."""
+    out_path = folder / f"received-{len(list(folder.iterdir()))}"
+    command = [PYTHON, "tools/recv_mcast.py", "--ready", "--quiet", "--json", *options]
+    with out_path.open("w") as out:
+        process = host.popen(command, stdout=out, cwd=CHECKOUT)
+
+    def summary() -> Any:
+        process.wait(DEADLINE_S)
+        return json.loads(out_path.read_text().splitlines()[-1])
+
+    try:
+        wait_until(lambda: "ready" in out_path.read_text() or process.poll() is not None, "receiver joined")
+        assert process.poll() is None
+        yield summary
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(10)
+
+
+def send(host: Host, *options: str) -> Any:
+    """Run send_mcast.py to its end; return its summary."""
+    command = [PYTHON, "tools/send_mcast.py", "--quiet", "--json", *options]
+    result = host.run(command, stdout=subprocess.PIPE, cwd=CHECKOUT)
+    assert result.returncode == 0
+    return json.loads(result.stdout)
+
+
+def assert_perfect(summary: Any, datagrams: int) -> None:
+    """Nothing lost, altered, doubled or reordered in any flow."""
+    wrong = {key: summary[key] for key in ("lost", "duplicated", "reordered", "corrupt", "foreign")}
+    assert wrong == dict.fromkeys(wrong, 0)
+    assert summary["datagrams"] == datagrams
