@@ -247,6 +247,7 @@ def ask_as(uid: int, path: Path, request: bytes) -> bytes:
 
 def test_other_users_may_look_but_not_change(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1])
+    relay.socket.parent.chmod(0o711)
     stranger = pwd.getpwnam("daemon").pw_uid
     assert b'"ok":true' in ask_as(stranger, relay.socket, b'{"type":"ping"}')
     refused = ask_as(stranger, relay.socket, b'{"type":"remove-rules","rule_ids":["r1"]}')
