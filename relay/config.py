@@ -165,13 +165,13 @@ def _rules(tables: Any, text: str, where: str) -> tuple[Rule, ...]:
         raise _explain(explained, text, where) from None
     rules: dict[str, Rule] = {}
     for index, rule in enumerate(configured):
-        line = line_of(text, f"$.rules[{index}]")
         try:
             checked = rule.to_rule()
+            if checked.rule_id in rules:
+                raise RuleError(f"rule id {checked.rule_id} is given twice")
         except RuleError as error:
+            line = line_of(text, f"$.rules[{index}]")
             raise ConfigError(f"{where}:{line}: rules[{index}]: {error}") from None
-        if checked.rule_id in rules:
-            raise ConfigError(f"{where}:{line}: rules[{index}]: rule id {checked.rule_id} is given twice")
         rules[checked.rule_id] = checked
     return tuple(rules.values())
 

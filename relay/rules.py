@@ -189,14 +189,26 @@ def check_cycles(added: Iterable[Rule], rules: Mapping[str, Rule], interfaces: S
             raise RuleError(f"cycle through rules {' -> '.join(cycle)}: change an output of one of them")
 
 
-def chain_warnings(added: Iterable[Rule], rules: Mapping[str, Rule], interfaces: Sequence[str]) -> list[str]:
-    """Outputs that feed another rule of this relay: what leaves here is never taken in again."""
+def chain_warnings(added: Sequence[Rule], rules: Mapping[str, Rule], interfaces: Sequence[str]) -> list[str]:
+    """Outputs that feed another rule of this relay, where one of both is in `added`.
+
+    They are legal, but what leaves here is never taken in again.
+    """
     by_input = group_by_input(rules.values())
+    by_output: dict[tuple[str, int], list[Rule]] = defaultdict(list)
+    for rule in rules.values():
+        for output in rule.outputs:
+            by_output[output.group, output.port].append(rule)
+    ids = {rule.rule_id for rule in added}
+    senders = {rule.rule_id: rule for rule in added}
+    for rule in added:
+        senders |= {sender.rule_id: sender for sender in by_output[rule.input_group, rule.input_port]}
     return [
-        f"rule {rule.rule_id} sends what rule {follower.rule_id} listens to: "
+        f"rule {sender.rule_id} sends what rule {follower.rule_id} listens to: "
         "the relay never takes in what it sent itself"
-        for rule in added
-        for follower in _successors(rule, by_input, interfaces)
+        for sender in senders.values()
+        for follower in _successors(sender, by_input, interfaces)
+        if sender.rule_id in ids or follower.rule_id in ids
     ]
 
 
