@@ -27,7 +27,7 @@ def si(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
-    return f"{value:.0f} "
+    return f"{value:.0f}"
 
 
 def _drops(drops: dict[str, int]) -> str:
@@ -63,8 +63,8 @@ def stats(result: dict[str, Any]) -> None:
     console = _console()
     console.print(
         f"up {result['uptime_s']:.0f} s   in {result['packets_in']}   matched {result['packets_matched']}   "
-        f"relayed {result['packets_relayed']}   {si(result['packets_per_second'])}packets/s   "
-        f"{si(result['bits_per_second'])}bit/s"
+        f"relayed {result['packets_relayed']}   {si(result["packets_per_second"])} packets/s   "
+        f"{si(result["bits_per_second"])} bit/s"
     )
     console.print(f"dropped: {_drops(result['drops'])}")
     table = _table("rule", "matched", "relayed", "dropped", "packets/s", "bit/s", "state")
