@@ -63,8 +63,8 @@ def stats(result: dict[str, Any]) -> None:
     console = _console()
     console.print(
         f"up {result['uptime_s']:.0f} s   in {result['packets_in']}   matched {result['packets_matched']}   "
-        f"relayed {result['packets_relayed']}   {si(result["packets_per_second"])} packets/s   "
-        f"{si(result["bits_per_second"])} bit/s"
+        f"relayed {result['packets_relayed']}   {si(result['packets_per_second'])} packets/s   "
+        f"{si(result['bits_per_second'])} bit/s"
     )
     console.print(f"dropped: {_drops(result['drops'])}")
     table = _table("rule", "matched", "relayed", "dropped", "packets/s", "bit/s", "state")
