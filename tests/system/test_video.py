@@ -1,6 +1,6 @@
 """A real stream: ffmpeg sends MPEG-TS over multicast, and what is recorded behind the relay is what it sent.
 
-    gen ──left── relay ──right── sink
+gen ──left── relay ──right── sink
 """
 
 import subprocess

@@ -1,0 +1,140 @@
+"""Rules as values: what is refused and why, names, merging, cycles."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.errors import RuleError
+from relay.rules import (
+    Output,
+    Rule,
+    chain_warnings,
+    check_cycles,
+    content_id,
+    merge,
+    named,
+    parse_output,
+    parse_ttl,
+    validate,
+)
+
+
+def rule(rule_id: str, source: str, *outputs: str, interface: str | None = None) -> Rule:
+    """A rule from `group:port` to `group:port:interface` texts."""
+    group, port = source.split(":")
+    return Rule(
+        rule_id=rule_id,
+        input_group=group,
+        input_port=int(port),
+        outputs=tuple(parse_output(text) for text in outputs),
+        input_interface=interface,
+    )
+
+
+def by_id(*rules: Rule) -> dict[str, Rule]:
+    return {r.rule_id: r for r in rules}
+
+
+@pytest.mark.parametrize(
+    ("text", "output"),
+    [
+        ("239.2.2.2:6001:lo", Output("239.2.2.2", 6001, "lo")),
+        ("239.2.2.2:6001:lo:9", Output("239.2.2.2", 6001, "lo", 9)),
+        ("10.0.0.1:1:eth0.5:decrement", Output("10.0.0.1", 1, "eth0.5", "decrement")),
+    ],
+)
+def test_outputs_are_read_from_text(text: str, output: Output) -> None:
+    assert parse_output(text) == output
+
+
+@pytest.mark.parametrize(
+    "text", ["", "239.2.2.2", "239.2.2.2:x:lo", "239.2.2.2:1:lo:0", "239.2.2.2:1:", "[ff3e::1]:1:lo"]
+)
+def test_outputs_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(RuleError):
+        parse_output(text)
+
+
+@given(st.text(max_size=40))
+def test_no_text_makes_the_output_parser_fail_otherwise(text: str) -> None:
+    try:
+        validate(Rule(rule_id="r", input_group="239.1.1.1", input_port=1, outputs=(parse_output(text),)))
+    except RuleError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("ttl", ["0", "256", "-1", "", "dec"])
+def test_ttl_out_of_range_is_refused(ttl: str) -> None:
+    with pytest.raises(RuleError, match="from 1 to 255"):
+        parse_ttl(ttl)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule_id": "a b"}, "rule id"),
+        ({"rule_id": "x" * 65}, "up to 64"),
+        ({"input_group": "0.0.0.0"}, "neither a multicast group nor a unicast address"),
+        ({"input_group": "255.255.255.255"}, "neither"),
+        ({"input_port": 70_000}, "from 1 to 65535"),
+        ({"source": "239.1.1.1"}, "give a sender's unicast address"),
+        ({"outputs": ()}, "0 outputs"),
+        ({"outputs": (Output("239.2.2.2", 1, "lo"), Output("239.2.2.2", 1, "lo", 5))}, "given twice"),
+        ({"outputs": (Output("239.2.2.2", 1, "lo", dscp=64),)}, "dscp 64"),
+    ],
+)
+def test_rules_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:
+    fields = {"rule_id": "r", "input_group": "239.1.1.1", "input_port": 1, "outputs": (Output("239.2.2.2", 1, "lo"),)}
+    with pytest.raises(RuleError, match=message):
+        validate(Rule(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def test_the_hash_of_a_rule_depends_on_its_content_alone() -> None:
+    first = rule("one", "239.1.1.1:1", "239.2.2.2:1:lo")
+    second = rule("two", "239.1.1.1:1", "239.2.2.2:1:lo")
+    other = rule("one", "239.1.1.1:2", "239.2.2.2:1:lo")
+    assert content_id(first) == content_id(second) != content_id(other)
+    assert content_id(first) == "r-" + content_id(first)[2:]
+    assert named(rule("", "239.1.1.1:1", "239.2.2.2:1:lo")).rule_id == content_id(first)
+
+
+def test_an_output_equal_to_the_input_is_a_loop_on_the_same_interface_only() -> None:
+    loop = rule("r", "239.1.1.1:1", "239.1.1.1:1:a", interface="a")
+    with pytest.raises(RuleError, match="equals its input"):
+        check_cycles([loop], by_id(loop), ["a"])
+    across = rule("r", "239.1.1.1:1", "239.1.1.1:1:b", interface="a")
+    check_cycles([across], by_id(across), ["a", "b"])
+    everywhere = rule("r", "239.1.1.1:1", "239.1.1.1:1:b")
+    with pytest.raises(RuleError, match="equals its input"):
+        check_cycles([everywhere], by_id(everywhere), ["a", "b"])
+
+
+@given(st.integers(2, 30), st.integers(0, 29))
+def test_a_ring_of_rules_is_a_cycle_wherever_it_is_closed(length: int, closed_at: int) -> None:
+    rules = [rule(f"r{i}", f"239.1.1.{i}:1", f"239.1.1.{(i + 1) % length}:1:a") for i in range(length)]
+    last = rules[closed_at % length]
+    with pytest.raises(RuleError, match="cycle through rules"):
+        check_cycles([last], by_id(*rules), ["a"])
+    open_chain = [r for r in rules if r is not last]
+    check_cycles(open_chain, by_id(*open_chain), ["a"])
+
+
+def test_a_chain_within_the_relay_warns_whichever_end_is_added() -> None:
+    first, second = rule("a", "239.1.1.1:1", "239.1.1.2:1:x"), rule("b", "239.1.1.2:1", "239.1.1.3:1:x")
+    for added in (first, second):
+        (warning,) = chain_warnings([added], by_id(first, second), ["x"])
+        assert "rule a sends what rule b listens to" in warning
+    assert chain_warnings([first], by_id(first, second), ["y"]) == []
+
+
+def test_merging_adds_what_is_new_and_refuses_what_differs() -> None:
+    kept, changed = rule("kept", "239.1.1.1:1", "239.2.2.2:1:x"), rule("changed", "239.1.1.2:1", "239.2.2.2:1:x")
+    other = rule("changed", "239.1.1.9:1", "239.2.2.2:1:x")
+    new = rule("new", "239.1.1.3:1", "239.2.2.2:1:x")
+    active = by_id(kept, changed)
+    assert merge(active, [kept, new], replace=False) == ((new,), ())
+    assert merge(active, [other], replace=True) == ((other,), ("changed",))
+    with pytest.raises(RuleError, match="use --replace"):
+        merge(active, [other], replace=False)
+    with pytest.raises(RuleError, match="given twice"):
+        merge(active, [new, new], replace=False)
