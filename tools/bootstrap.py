@@ -18,7 +18,8 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
 LOCK = CHECKOUT / "requirements.lock"
 PYTHON_MIN = (3, 11)
-PROGRAMS = {"ip": "iproute2", "ethtool": "ethtool", "ffmpeg": "ffmpeg"}  # program: Debian package
+# program: Debian packages
+PROGRAMS = {"ip": "iproute2", "ffmpeg": "ffmpeg", "setpriv": "util-linux", "sysctl": "procps", "cc": "gcc libc6-dev"}
 
 
 def fail(message: str) -> NoReturn:
@@ -92,7 +93,7 @@ def hand_over() -> None:
 
 def install_programs() -> None:
     """Install the programs that the tests use and this machine lacks."""
-    missing = sorted(package for program, package in PROGRAMS.items() if shutil.which(program) is None)
+    missing = [name for program, names in PROGRAMS.items() if shutil.which(program) is None for name in names.split()]
     if not missing:
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:

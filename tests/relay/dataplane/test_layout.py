@@ -1,0 +1,113 @@
+"""Every kernel layout against the C ABI: a program compiled from the kernel's and libc's headers prints the truth."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from relay.dataplane import layout, memory, uring
+
+HEADERS = (
+    "stddef.h",
+    "stdio.h",
+    "poll.h",
+    "sys/socket.h",
+    "netinet/in.h",
+    "linux/if_packet.h",
+    "linux/virtio_net.h",
+    "linux/io_uring.h",
+)
+# dtype, C type, and our field names where they differ: kernel unions, and names C has no right to
+STRUCTS: list[tuple[str, Any, str, dict[str, str | None]]] = [
+    ("TPACKET2_HDR", layout.TPACKET2_HDR, "struct tpacket2_hdr", {}),
+    ("SOCKADDR_LL", layout.SOCKADDR_LL, "struct sockaddr_ll", {}),
+    ("VIRTIO_NET_HDR", layout.VIRTIO_NET_HDR, "struct virtio_net_hdr", {}),
+    ("IOVEC", layout.IOVEC, "struct iovec", {}),
+    ("MSGHDR", layout.MSGHDR, "struct msghdr", {"pad0": None, "pad1": None}),
+    ("MMSGHDR", layout.MMSGHDR, "struct mmsghdr", {"pad": None}),
+    ("SOCKADDR_IN", layout.SOCKADDR_IN, "struct sockaddr_in", {}),
+    ("POLLFD", memory.POLLFD, "struct pollfd", {}),
+    ("IO_URING_SQE", layout.IO_URING_SQE, "struct io_uring_sqe", {"pad2": None}),
+    ("IO_URING_CQE", layout.IO_URING_CQE, "struct io_uring_cqe", {}),
+]
+CONSTANTS = {
+    "TP_STATUS_USER": layout.TP_STATUS_USER,
+    "TP_STATUS_COPY": layout.TP_STATUS_COPY,
+    "TP_STATUS_CSUMNOTREADY": layout.TP_STATUS_CSUMNOTREADY,
+    "TP_STATUS_VLAN_VALID": layout.TP_STATUS_VLAN_VALID,
+    "TP_STATUS_CSUM_VALID": layout.TP_STATUS_CSUM_VALID,
+    "PACKET_OTHERHOST": layout.PACKET_OTHERHOST,
+    "IORING_SETUP_CQSIZE": uring.IORING_SETUP_CQSIZE,
+    "IORING_SETUP_SUBMIT_ALL": uring.IORING_SETUP_SUBMIT_ALL,
+    "IORING_SETUP_SINGLE_ISSUER": uring.IORING_SETUP_SINGLE_ISSUER,
+    "CMSG_SPACE(2)": layout.CMSG_UDP_SEGMENT_BYTES,
+    "CMSG_SPACE(4)": layout.CMSG_IP_TTL_BYTES,
+    "CMSG_SPACE(sizeof(struct in_pktinfo))": layout.CMSG_IP_PKTINFO_BYTES,
+}
+
+
+@pytest.fixture(scope="module")
+def c_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Sizes, offsets and constants as the C compiler sees them."""
+    lines = ["#define _GNU_SOURCE", *(f"#include <{header}>" for header in HEADERS), "int main(void) {"]
+    questions = list(CONSTANTS)
+    for _, dtype, c_type, renamed in STRUCTS:
+        questions.append(f"sizeof({c_type})")
+        fields = [renamed.get(field, field) for field in dtype.names]
+        questions += [f"offsetof({c_type}, {field})" for field in fields if field]
+    lines += [f'printf("%s=%ld\\n", "{question}", (long)({question}));' for question in questions]
+    folder = tmp_path_factory.mktemp("abi")
+    (folder / "abi.c").write_text("\n".join([*lines, "return 0; }"]))
+    compiler = shutil.which("cc")
+    assert compiler is not None, "`make test` installs gcc"
+    subprocess.run([compiler, "-w", "-o", str(folder / "abi"), str(folder / "abi.c")], check=True)
+    output = subprocess.run([str(folder / "abi")], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, _, value in (line.rpartition("=") for line in output.splitlines())}
+
+
+@pytest.mark.parametrize(("name", "dtype", "c_type", "renamed"), STRUCTS, ids=[name for name, *_ in STRUCTS])
+def test_kernel_structures_have_the_offsets_of_the_c_abi(
+    c_values: dict[str, int], name: str, dtype: Any, c_type: str, renamed: dict[str, str | None]
+) -> None:
+    assert dtype.itemsize == c_values[f"sizeof({c_type})"]
+    for field in dtype.names:
+        c_name = renamed.get(field, field)
+        if c_name:
+            assert layout.offset_of(dtype, field) == c_values[f"offsetof({c_type}, {c_name})"], (name, field)
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_have_the_kernels_values(c_values: dict[str, int], name: str) -> None:
+    assert CONSTANTS[name] == c_values[name]
+
+
+def test_liburings_structures_agree_with_a_live_ring() -> None:
+    """The mask and entries that liburing wrote are where our structures say."""
+    with uring.Uring(64) as ring:
+        assert ring.sq_mask == 63
+        assert ring.cq_mask == 127
+        assert len(ring.sqes) == 64
+        assert len(ring.cqes) == 128
+        assert Path(f"/proc/self/fd/{ring.fd}").readlink().name.endswith("[io_uring]")
+
+
+def test_counters_of_the_worker_and_the_supervisor_share_no_cache_line() -> None:
+    supervisors = {layout.offset_of(layout.STATS_HEADER, name) // 64 for name in ("doorbell", "ring_full")}
+    workers = {
+        layout.offset_of(layout.STATS_HEADER, name) // 64
+        for name in layout.STATS_HEADER.names or ()
+        if name not in ("doorbell", "ring_full")
+    }
+    assert not supervisors & workers
+
+
+@pytest.mark.parametrize("dtype", [layout.STATS_HEADER, layout.RULE_STATS, layout.OUTPUT_STATS, layout.TABLE_HEADER])
+def test_fields_of_own_layouts_do_not_overlap(dtype: Any) -> None:
+    taken = np.zeros(dtype.itemsize, np.int64)
+    for name in dtype.names:
+        offset = layout.offset_of(dtype, name)
+        taken[offset : offset + dtype.fields[name][0].itemsize] += 1
+    assert taken.max() == 1
