@@ -25,7 +25,7 @@ from logging_shm.layout import (
     offset_of,
 )
 from logging_shm.render import printable, render
-from logging_shm.segment import Segment
+from logging_shm.segment import Segment, SegmentError
 
 _HEAD = struct.Struct("<BBBBBBHqqII")  # the first 32 bytes of RECORD
 _PAIR = struct.Struct(f"<BBxx{PAIR_KEY_BYTES_MAX}s{PAIR_VALUE_BYTES_MAX}s")
@@ -67,9 +67,12 @@ class SharedSPSCRingBuffer:
     """One writer, one reader; both sides in Python here, the writer's twin in compiled.py."""
 
     def __init__(self, segment: Segment) -> None:
+        """Raises SegmentError for a header that no creator wrote."""
         self.segment = segment
         self._memory = memoryview(segment.bytes)
         self._capacity = int(segment.header["capacity"])
+        if self._capacity < 1 or int(segment.header["facility"]) not in Facility.__members__.values():
+            raise SegmentError(f"/dev/shm/{segment.name} has a damaged header")
         self.facility = Facility(int(segment.header["facility"]))
         self.core = int(segment.header["core"])
         self._lock = threading.Lock()
@@ -133,6 +136,16 @@ class SharedSPSCRingBuffer:
         entry = self.decode(bytes(memory[at : at + RECORD_BYTES]))
         _I64.pack_into(memory, _READ_CURSOR, cursor + 1)
         return entry
+
+    def last(self, count: int) -> list[LogEntry]:
+        """The last `count` records, read before or not, oldest first. Takes nothing from the ring."""
+        (written,) = _I64.unpack_from(self._memory, _WRITE_CURSOR)
+        count = max(min(count, written, self._capacity), 0)
+        entries = []
+        for number in range(written - count, written):
+            at = RECORDS_OFFSET + number % self._capacity * RECORD_BYTES
+            entries.append(self.decode(bytes(self._memory[at : at + RECORD_BYTES])))
+        return entries
 
     def dropped(self) -> int:
         """Records refused since the last call."""
