@@ -165,7 +165,7 @@ class Segment:
 def owner_is_alive(segment: Segment) -> bool:
     """Whether the process that claimed the segment still runs; a reused pid is told by its start time."""
     start = process_start_ticks(int(segment.header["owner_pid"]))
-    return start is not None and start == segment.header["owner_start_ticks"]
+    return start is not None and start == int(segment.header["owner_start_ticks"])
 
 
 def remove_stale(name: str) -> bool:

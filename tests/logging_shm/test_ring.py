@@ -17,7 +17,7 @@ from logging_shm.layout import MESSAGE_BYTES_MAX, RECORD_BYTES, RECORDS_OFFSET, 
 
 MakeRing = Callable[..., SharedSPSCRingBuffer]
 FORMATS = {1: "First packet of rule {rule} from {0:ip}:{1:port}"}
-SHARED_FIXTURE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 PRODUCED = 20_000
 
 

@@ -95,7 +95,7 @@ def sender(request: pytest.FixtureRequest) -> Iterator[Sender]:
     sender.close()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(trains=TRAINS)
 def test_every_output_gets_every_datagram_in_order(sender: Sender, trains: list[tuple[int, int, int, int]]) -> None:
     sent = sender.relay(trains)
