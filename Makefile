@@ -5,7 +5,7 @@ BIN := .venv/bin
 IFACE ?=
 ARGS ?=
 
-.PHONY: help setup run test lint demo lock clean
+.PHONY: help setup run test lint demo bench lock clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
@@ -28,6 +28,9 @@ lint: setup ## ruff and strict types
 
 demo: setup ## ten seconds of relayed traffic in network namespaces of its own (as root)
 	@$(BIN)/python -m tools.demo
+
+bench: setup ## throughput, loss and cost of one worker, in namespaces of its own (as root)
+	@$(BIN)/python -m tools.bench.throughput $(ARGS)
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \

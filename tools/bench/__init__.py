@@ -1,0 +1,1 @@
+"""Benchmarks: programs with a table as output, never part of the tests."""
