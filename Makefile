@@ -3,6 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 IFACE ?=
+# Behind sudo, what root runs leaves no files of root's in the caller's checkout.
+ifdef SUDO_UID
+export PYTHONDONTWRITEBYTECODE := 1
+endif
 ARGS ?=
 
 .PHONY: help setup run test lint demo bench lock clean

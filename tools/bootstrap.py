@@ -78,17 +78,22 @@ def compile_ahead() -> bool:
         return False
     run(str(PYTHON), "-m", "relay.dataplane.precompile")
     run(str(PYTHON), "-m", "tools.precompile")
+    run(str(PYTHON), "-m", "compileall", "-q", "relay", "logging_shm", "tools")
     stamp.write_text(wanted)
     return True
 
 
 def hand_over() -> None:
-    """Behind sudo, the environment belongs to the caller."""
+    """Behind sudo, the environment and the byte code belong to the caller."""
     if os.geteuid() != 0 or "SUDO_UID" not in os.environ:
         return
     uid, gid = int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
-    for path in (VENV, *VENV.rglob("*"), *CHECKOUT.glob("*.egg-info"), *CHECKOUT.glob("*.egg-info/*")):
-        os.lchown(path, uid, gid)
+    made = [VENV, *VENV.rglob("*"), *CHECKOUT.glob("*.egg-info"), *CHECKOUT.glob("*.egg-info/*")]
+    for folder in ("relay", "logging_shm", "tools"):
+        for cache in (CHECKOUT / folder).rglob("__pycache__"):
+            made += [cache, *cache.iterdir()]
+    for path in made:
+        os.chown(path, uid, gid, follow_symlinks=False)
 
 
 def install_programs() -> None:
