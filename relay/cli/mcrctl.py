@@ -65,6 +65,8 @@ def _single_output(
     """The output that --output-group and its companions describe, if any. Raises RuleError."""
     given = {"--output-group": group, "--output-port": port, "--output-interface": interface}
     if group is None and port is None and interface is None:
+        if ttl is not None:
+            raise RuleError("--ttl goes with --output-group: with --output, write G:P:I:TTL")
         return []
     missing = [name for name, value in given.items() if value is None]
     if missing or group is None or port is None or interface is None:

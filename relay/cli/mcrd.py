@@ -54,7 +54,7 @@ def main(config_path: Path | None, check: bool, **command_line: Any) -> None:
         if check:
             click.echo(f"ok: {len(rules)} rules, {len(cores)} workers on {', '.join(options.interfaces)}")
             return
-        supervisor = Supervisor(options, rules, cores, owner, lambda: load(config_path, command_line)[1])
+        supervisor = Supervisor(options, rules, cores, owner, lambda: load(config_path, command_line))
         sys.exit(supervisor.run())
     except RelayError as error:
         click.echo(f"mcrd: {error}", err=True)

@@ -30,7 +30,7 @@ from logging_shm.facility import segment_name
 from relay import config
 from relay.config import Options
 from relay.descriptors import Channel, ChannelClosedError, channel_pair
-from relay.errors import ConfigError, ExitCode, PreflightError, RelayError
+from relay.errors import ExitCode, PreflightError, RelayError
 from relay.messages import (
     ApplyRules,
     Configure,
@@ -88,7 +88,7 @@ class Supervisor:
         rules: Sequence[Rule],
         cores: Sequence[int],
         owner: tuple[int, int],
-        reload: Callable[[], Sequence[Rule]],
+        reload: Callable[[], tuple[Options, Sequence[Rule]]],
     ) -> None:
         self._options = options
         self._configured = tuple(rules)
@@ -264,12 +264,14 @@ class Supervisor:
             ring.segment.level = level
 
     def _report(self) -> None:
-        """The stats lines: one for the whole, one for each worker."""
-        stats = self._sampler.stats(0)
-        dropped = sum(count for cause, count in stats.drops.items() if "errno" not in cause)
+        """The stats line: all workers together. Rules are for get-stats: ten thousand would be too many here."""
+        workers = self._sampler.workers()
+        dropped = sum(count for w in workers for cause, count in w.drops.items() if "errno" not in cause)
         self._log.info(
-            f"Stats: in {stats.packets_in}, matched {stats.packets_matched}, relayed {stats.packets_relayed}, "
-            f"dropped {dropped}, {stats.packets_per_second:.0f} packets/s, {stats.bits_per_second:.0f} bit/s"
+            f"Stats: in {sum(w.packets_in for w in workers)}, matched {sum(w.packets_matched for w in workers)}, "
+            f"relayed {sum(w.packets_relayed for w in workers)}, dropped {dropped}, "
+            f"{sum(w.packets_per_second for w in workers):.0f} packets/s, "
+            f"{sum(w.bits_per_second for w in workers):.0f} bit/s"
         )
 
     # --- events -----------------------------------------------------------------------------------
@@ -284,11 +286,14 @@ class Supervisor:
     def _reconfigure(self) -> None:
         """Read the configuration again and let the control plane install its rules."""
         try:
-            rules = tuple(self._reload())
-        except ConfigError as error:
+            options, configured = self._reload()
+            rules = tuple(configured)
+        except RelayError as error:
             self._log.error(f"Configuration not changed: {error}")
             return
         self._log.notice(f"Configuration read again: {len(rules)} rules")
+        if options != self._options:
+            self._log.warning("Options other than rules have changed: they take effect at the next start")
         self._configured = rules
         self._tell(Configure(rules))
 

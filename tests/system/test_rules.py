@@ -150,6 +150,8 @@ def test_a_rule_with_a_source_takes_no_other(line: Line, relay: Relay) -> None:
         (["--input-group", "239.1.1.1", "--output", "239.1.1.1:5001:left"], "equals its input on the same interface"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001"], "expected GROUP:PORT:INTERFACE[:TTL]"),
         (["--input-group", "239.1.1.1"], "no output"),
+        (["--input-group", "239.1.1.1", "--output", OUT, "--ttl", "3"], "with --output, write G:P:I:TTL"),
+        (["--input-group", "239.1.1.1", "--output-group", "239.2.2.2"], "--output-port, --output-interface missing"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001:right:300"], "ttl '300'"),
     ],
 )
@@ -314,3 +316,21 @@ def test_log_levels_are_read_and_set(line: Line, relay: Relay) -> None:
     result = relay.control("log-level", "set", "debug", "--facility", "Nothing")
     assert result.returncode == 1
     assert "facilities are" in result.stderr
+
+
+def test_an_output_may_be_given_in_single_options(line: Line, relay: Relay) -> None:
+    gen, _, sink = line.hosts
+    output = (
+        "--output-group",
+        "239.2.2.2",
+        "--output-port",
+        "6001",
+        "--output-interface",
+        "right",
+        "--ttl",
+        "decrement",
+    )
+    relay.ask("add-rule", "--input-group", "239.1.1.1", "--input-port", "5001", *output)
+    with sender(gen, 9) as out, listener(sink, "239.2.2.2", 6001) as sock:
+        out.sendto(b"payload", ("239.1.1.1", 5001))
+        assert receive(sock)[2] == 8

@@ -109,3 +109,29 @@ def test_small_datagrams_sent_singly_arrive_whole(
         result = summary()
     assert_perfect(result, DATAGRAMS)
     relay.assert_accounted()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--idle", "sleep"),
+        ("--idle", "spin"),
+        ("--fanout", "cpu"),
+        ("--fanout", "qm"),
+        ("--log-format", "json", "--log-level", "debug"),
+    ],
+    ids=lambda options: options[1],
+)
+def test_every_way_of_waiting_and_sharing_loses_nothing(
+    line: Line, start_relay: StartRelay, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    gen, host, sink = line.hosts
+    relay = start_relay(host, ("left",), 2, *ROOMY, *options)
+    relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
+    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+        send(gen, "--interface", "right", "--rate", "10000", "--count", "20000", "--flows", "4")
+        result = summary()
+    faults = ("lost", "duplicated", "corrupt", "foreign")  # only the hash keeps a flow on one worker, so in order
+    assert {key: result[key] for key in faults} == dict.fromkeys(faults, 0)
+    assert relay.assert_accounted()["packets_relayed"] == 20_000
+    relay.stop()
