@@ -50,6 +50,13 @@ def output_name(output: Output) -> str:
     return f"{output.group}:{output.port}:{output.interface}"
 
 
+def describe(rule: Rule) -> str:
+    """A rule in a line, for logs."""
+    source = f"{rule.source} " if rule.source else ""
+    outputs = ", ".join(output_name(output) for output in rule.outputs)
+    return f"{source}{rule.input_group}:{rule.input_port} -> {outputs}"
+
+
 def is_multicast(address: str) -> bool:
     """Whether a dotted IPv4 address is in 224.0.0.0/4."""
     return ipaddress.IPv4Address(address).is_multicast

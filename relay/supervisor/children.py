@@ -3,6 +3,7 @@
 Each is a new Python process with one end of a socket pair; it ends when the supervisor's end closes.
 """
 
+import signal
 import socket
 import subprocess
 import sys
@@ -42,3 +43,8 @@ def start_control_plane(
         arguments += ["--uid", str(uid), "--gid", str(gid)]
         arguments += ["--instance", instance] if instance else []
         return _start("relay.controlplane", arguments, [far.fileno(), listener.fileno()]), near
+
+
+def describe_status(code: int) -> str:
+    """How a process ended, from an exit code that is negative for a signal (os.waitstatus_to_exitcode)."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
@@ -157,7 +157,7 @@ class Fleet:
         """
         plan = make_plan(rules, interfaces, self.default_interfaces)
         self._check_room(plan)
-        warnings = [f"rule {p.rule.rule_id} is {p.state}" for p in plan.rules if p.state != "active"]
+        warnings: list[str] = []
         opened = self._open_egress(plan, strict, warnings)
         self._egress |= opened
         self._retire(plan)
@@ -171,6 +171,14 @@ class Fleet:
                 self._hand_table(worker)
         warnings += self._memberships.update(plan.listens)
         return warnings
+
+    def waiting(self, rule_ids: Collection[str]) -> list[str]:
+        """A warning for each of these rules that can't work yet."""
+        return [
+            f"rule {planned.rule.rule_id} is {planned.state}"
+            for planned in self.plan.rules
+            if planned.rule.rule_id in rule_ids and planned.state != "active"
+        ]
 
     def is_confirmed(self) -> bool:
         """Whether every running worker uses the current table."""

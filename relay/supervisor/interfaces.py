@@ -4,6 +4,7 @@ Owned by the supervisor. What the kernel announces is not parsed: any announceme
 """
 
 import socket
+from collections.abc import Iterator, Mapping
 
 import msgspec
 import psutil
@@ -48,6 +49,18 @@ def snapshot() -> dict[str, Interface]:
             addresses=tuple(a.address for a in addresses.get(name, ()) if a.family == socket.AF_INET),
         )
     return interfaces
+
+
+def differences(former: Mapping[str, Interface], present: Mapping[str, Interface]) -> Iterator[str]:
+    """A line for each interface that came, went, or changed between up and down."""
+    for name in sorted({*former, *present}):
+        before, after = former.get(name), present.get(name)
+        if after is None:
+            yield f"Interface {name} is gone"
+        elif before is None or before.index != after.index:
+            yield f"Interface {name} appeared, {'up' if after.is_up else 'down'}"
+        elif before.is_up != after.is_up:
+            yield f"Interface {name} is {'up' if after.is_up else 'down'}"
 
 
 class InterfaceMonitor:

@@ -1,0 +1,176 @@
+"""The nursery: the template process and the workers forked from it - starting, watching, replacing, ending them.
+
+Owned by the supervisor's thread. A worker that ends unexpectedly is logged and replaced; its rings go on filling.
+"""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+from logging_shm import Logger
+from relay.descriptors import Channel, ChannelClosedError, channel_pair
+from relay.messages import Exited, FromTemplate, FromWorker, Spawn, Spawned, Started, TableInUse, TemplateReady
+from relay.supervisor.children import describe_status, start_template
+from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.timers import Timers
+
+RESTART_DELAY_S = 0.5  # for a worker that ended within this time of its start
+
+
+class Nursery:
+    """All workers' processes."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        log: Logger,
+        selector: selectors.BaseSelector,
+        timers: Timers,
+        owner: tuple[int, int],
+        instance: str | None,
+        idle: str,
+    ) -> None:
+        self._fleet = fleet
+        self._log = log
+        self._selector = selector
+        self._timers = timers
+        self._owner = owner
+        self._instance = instance
+        self._idle = idle
+        self._template: subprocess.Popen[bytes] | None = None
+        self._channel: Channel[FromTemplate] | None = None
+        self._template_ready = False
+        self._open = False
+
+    def start(self) -> None:
+        """Start the template; workers follow when it is ready and `open` was called."""
+        self._template_ready = False
+        self._template, self._channel = start_template(*self._owner)
+        self._selector.register(self._channel, selectors.EVENT_READ, self._on_template)
+
+    def open(self) -> None:
+        """Let workers be spawned from now on."""
+        self._open = True
+        self._spawn_all()
+
+    def watch(self, give_up: Callable[[], None]) -> None:
+        """Start the template again when it ended; give up when it never came up."""
+        if self._template is None or self._template.poll() is None:
+            return
+        status = self._template.returncode
+        self._template = None
+        self._on_template()
+        self._log.error(f"Template process exited unexpectedly: {describe_status(status)}")
+        if self._template_ready:
+            self._timers.after(0, self.start)
+        else:
+            give_up()
+
+    def stop(self, deadline_s: float) -> None:
+        """End the workers when their rings are empty, then the template; none outlives the deadline by much."""
+        self._fleet.close_channels()
+        pids = {worker.pid for worker in self._fleet.workers if worker.pid}
+        while pids and self._channel is not None and time.monotonic() < deadline_s:
+            pids -= self._await_exits(self._channel, deadline_s)
+        for pid in pids:
+            self._log.error("Worker process did not end in time, killed", pid=pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._channel is not None:
+            self._channel.close()
+        if self._template is not None:
+            self._template.wait()
+
+    def _await_exits(self, channel: Channel[FromTemplate], deadline_s: float) -> set[int]:
+        """The pids of workers that ended; waits for one at most until the deadline."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(channel, selectors.EVENT_READ)
+            selector.select(max(deadline_s - time.monotonic(), 0))
+        try:
+            message, _ = channel.receive()
+        except BlockingIOError:
+            return set()
+        except ChannelClosedError:
+            self._channel = None
+            return set()
+        return {message.pid} if isinstance(message, Exited) else set()
+
+    def _on_template(self) -> None:
+        try:
+            while self._channel is not None:
+                message, _ = self._channel.receive()
+                match message:
+                    case TemplateReady():
+                        self._template_ready = True
+                        self._spawn_all()
+                    case Spawned():
+                        self._worker_of(message.core).pid = message.pid
+                    case Exited():
+                        self._on_exit(message)
+        except BlockingIOError:
+            return
+        except ChannelClosedError:
+            if self._channel is not None:
+                self._selector.unregister(self._channel)
+                self._channel.close()
+                self._channel = None
+
+    def _worker_of(self, core: int) -> Worker:
+        return next(worker for worker in self._fleet.workers if worker.core == core)
+
+    def _spawn_all(self) -> None:
+        for worker in self._fleet.workers:
+            self._spawn(worker)
+
+    def _spawn(self, worker: Worker) -> None:
+        """Spawn a worker that has no process, if it can be done now; TemplateReady does it later otherwise."""
+        if not self._open or not self._template_ready or self._channel is None or worker.channel is not None:
+            return
+        channel: Channel[FromWorker]
+        channel, far = channel_pair(FromWorker)
+        with far:
+            try:
+                self._channel.send(Spawn(worker.core, self._instance, self._idle), [far.fileno()])
+            except ChannelClosedError:
+                channel.close()
+                return
+        worker.channel = channel
+        worker.started_s = time.monotonic()
+        self._selector.register(channel, selectors.EVENT_READ, lambda: self._on_worker(worker, channel))
+
+    def _on_worker(self, worker: Worker, channel: Channel[FromWorker]) -> None:
+        try:
+            while True:
+                message, _ = channel.receive()
+                match message:
+                    case Started():
+                        self._fleet.worker_started(worker)
+                    case TableInUse():
+                        worker.generation = message.generation
+        except BlockingIOError:
+            return
+        except ChannelClosedError:
+            self._selector.unregister(channel)
+            worker.running = False
+            if self._channel is None:  # nobody will tell of its exit
+                self._on_exit(Exited(worker.core, worker.pid, 0))
+
+    def _on_exit(self, exited: Exited) -> None:
+        """Report a worker that ended although nobody told it to, and start the next."""
+        worker = self._worker_of(exited.core)
+        if worker.channel is not None:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(worker.channel)
+        lived_s = time.monotonic() - worker.started_s
+        self._fleet.worker_gone(worker)
+        how = describe_status(os.waitstatus_to_exitcode(exited.status))
+        self._log.error(f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {how}")
+        self._timers.after(0 if lived_s > RESTART_DELAY_S else RESTART_DELAY_S, lambda: self._respawn(worker))
+
+    def _respawn(self, worker: Worker) -> None:
+        self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)
+        self._spawn(worker)
