@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 
 import msgspec
 
@@ -23,7 +22,7 @@ from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_tab
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
 from relay.messages import AddRing, CloseSockets, FromWorker, RemoveRing, SetSockets, SetTable
-from relay.rules import Output, Rule
+from relay.rules import Output, Rule, address_number
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.ingress import (
     FRAME_BYTES,
@@ -263,7 +262,7 @@ class Fleet:
             outputs.append(
                 TableOutput(
                     slot=self.output_slots[rule.rule_id, output],
-                    address=int(IPv4Address(output.group)),
+                    address=address_number(output.group),
                     port=output.port,
                     socket=self._egress[key][0],
                     gso_segment_bytes_max=key.gso_segment_bytes_max,
@@ -274,9 +273,9 @@ class Fleet:
         return TableRule(
             slot=self.rule_slots[rule.rule_id],
             name=rule.rule_id,
-            group=int(IPv4Address(rule.input_group)),
+            group=address_number(rule.input_group),
             port=rule.input_port,
-            source=int(IPv4Address(rule.source)) if rule.source else 0,
+            source=address_number(rule.source) if rule.source else 0,
             rings=tuple(self._rings[name].number for name in planned.interfaces if name in self._rings),
             preserve_source=rule.preserve_source,
             outputs=tuple(outputs),
@@ -285,9 +284,9 @@ class Fleet:
     def _own_sources(self) -> list[OwnSource]:
         return [
             OwnSource(
-                address=0 if key.preserve_source else int(IPv4Address(key.address)),
+                address=0 if key.preserve_source else address_number(key.address),
                 port=sock.getsockname()[1],
-                destination=int(IPv4Address(key.group)),
+                destination=address_number(key.group),
                 destination_port=key.port,
             )
             for key, (_, sock) in self._egress.items()

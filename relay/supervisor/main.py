@@ -51,6 +51,7 @@ from relay.supervisor.timers import Timers
 
 TICK_S = 1.0
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
+RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 DESCRIPTORS_WANTED = 1 << 20
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
@@ -287,14 +288,16 @@ class Supervisor:
         self._changes.add(Change(begin, end, refuse))
 
     def _log_rules(self, former: dict[str, Rule]) -> None:
-        for rule_id, rule in former.items():
-            if rule_id not in self._rules:
-                self._log.notice(f"Rule {rule_id} removed", rule=rule_id)
-            elif self._rules[rule_id] != rule:
-                self._log.notice(f"Rule {rule_id} replaced: {describe(self._rules[rule_id])}", rule=rule_id)
+        """A line for each rule that changed; beyond RULES_LOGGED_MAX, a line that counts the rest."""
+        lines = [(rule_id, f"Rule {rule_id} removed") for rule_id in former if rule_id not in self._rules]
         for rule_id, rule in self._rules.items():
-            if rule_id not in former:
-                self._log.notice(f"Rule {rule_id} added: {describe(rule)}", rule=rule_id)
+            before = former.get(rule_id)
+            if before != rule:
+                lines.append((rule_id, f"Rule {rule_id} {'replaced' if before else 'added'}: {describe(rule)}"))
+        for rule_id, line in lines[:RULES_LOGGED_MAX]:
+            self._log.notice(line, rule=rule_id)
+        if len(lines) > RULES_LOGGED_MAX:
+            self._log.notice(f"{len(lines) - RULES_LOGGED_MAX} more rules added, replaced or removed")
 
 
 @contextlib.contextmanager

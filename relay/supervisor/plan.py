@@ -5,11 +5,10 @@ The supervisor compares a plan with what is open and changes only the difference
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 
 from relay.dataplane.layout import OUTPUTS_MAX, RINGS_MAX, RULES_MAX
 from relay.errors import RuleError
-from relay.rules import Output, Rule, is_multicast
+from relay.rules import Output, Rule, address_number, is_multicast
 from relay.supervisor.egress import EgressKey, egress_key
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Listen
@@ -97,7 +96,7 @@ def make_plan(rules: Iterable[Rule], interfaces: Mapping[str, Interface], defaul
 def _plan_input(plan: Plan, rule: Rule, existing: Sequence[str], interfaces: Mapping[str, Interface]) -> None:
     multicast = is_multicast(rule.input_group)
     for name in existing:
-        plan.admitted.setdefault(name, set()).add((int(IPv4Address(rule.input_group)), rule.input_port))
+        plan.admitted.setdefault(name, set()).add((address_number(rule.input_group), rule.input_port))
         if multicast:
             plan.listens.add(Listen(rule.input_group, 0, interfaces[name].index, rule.source))
     if not multicast:
