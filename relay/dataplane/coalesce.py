@@ -15,6 +15,7 @@ from relay.dataplane import events
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,
     ENTRY_VARIES_BY_TTL,
+    RINGS_MAX,
     UDP_PAYLOAD_MAX,
     UDP_SEGMENTS_MAX,
 )
@@ -44,12 +45,25 @@ def close_batch(m: Any, t: Any, batch_index: int) -> None:
 
 
 @njit(cache=True, nogil=True)
+def mark_sent(m: Any) -> None:
+    """Note up to which slot frames are handed to the kernel, for the worker that follows if this one is killed.
+
+    A killed process finishes the system call that it is in, so what is noted right before it is sent.
+    """
+    for ring_index in range(RINGS_MAX):
+        ring = m.rings[ring_index]
+        if ring.taken:
+            m.stats[0].ring_sent[ring_index] = (ring.cursor + ring.taken) % ring.frames
+
+
+@njit(cache=True, nogil=True)
 def drain(m: Any, t: Any) -> None:
     """Close every open batch, in the order of opening, and complete all sends. Buffers are free again."""
     state = m.state[0]
     for batch_index in range(state.batches):
         if m.batches[batch_index].sealed != 2:
             close_batch(m, t, batch_index)
+    mark_sent(m)
     complete_all(m, t)
     state.batches = 0
     state.window += 1

@@ -240,7 +240,7 @@ STATS_HEADER: Final = np.dtype(
             "wakeups",
             "sends",
             "drops",
-            "ring_cursor",
+            "ring_sent",
             "ring_fill_max",
             "errno_counts",
         ],

@@ -141,7 +141,6 @@ def run_pass(m: Any, t: Any) -> int:
         if ring.taken:
             watch_fill(m, ring_index)
             release(ring)
-            m.stats[0].ring_cursor[ring_index] = ring.cursor
     m.stats[0].passes += 1
     return taken
 

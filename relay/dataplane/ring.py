@@ -34,6 +34,7 @@ PKTTYPE = TPACKET2_HDR.itemsize + offset_of(SOCKADDR_LL, "sll_pkttype")
 VNET_BYTES = VIRTIO_NET_HDR.itemsize
 VNET_GSO_TYPE = offset_of(VIRTIO_NET_HDR, "gso_type")
 VNET_GSO_SIZE = offset_of(VIRTIO_NET_HDR, "gso_size")
+NO_SLOT = -1
 COMPARED_BYTES_MAX = 256  # both headers and more payload than two neighbours of a stream share
 MSG_DONTWAIT = 0x40
 TRUNCATED = int(DropCause.TRUNCATED)
@@ -127,15 +128,26 @@ def release(ring: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def find_cursor(base: int, frames: int, frame_bytes: int, saved_cursor: int) -> int:
-    """Where to go on in a ring that was read before: the first filled slot after an empty one.
+def find_cursor(base: int, frames: int, frame_bytes: int, sent: int) -> int:
+    """Where to go on in a ring that was read before; all arguments but `base` count slots or bytes.
 
-    All filled, or none: there is no such edge, and the cursor that the last reader saved decides.
+    `sent` is the slot after the last frame that the former reader handed to the kernel. Frames before it that
+    it could not give back any more are given back here. They begin at the first filled slot after an empty
+    one; where all are filled, or none is, `sent` alone tells.
     """
+    cursor = NO_SLOT
     previous = is_filled(base + (frames - 1) * frame_bytes)
     for i in range(frames):
         filled = is_filled(base + i * frame_bytes)
         if filled and not previous:
-            return i
+            cursor = i
+            break
         previous = filled
-    return saved_cursor
+    if cursor == NO_SLOT:
+        return sent
+    for _ in range((sent - cursor) % frames):
+        if not is_filled(base + cursor * frame_bytes):
+            break
+        store_release_u32(base + cursor * frame_bytes, 0)
+        cursor = (cursor + 1) % frames
+    return cursor

@@ -130,7 +130,7 @@ class Worker:
             base,
             message.frame_count,
             message.frame_bytes,
-            int(self.stats.header["ring_cursor"][message.index]) % message.frame_count,
+            int(self.stats.header["ring_sent"][message.index]) % message.frame_count,
         )
         for name in ("taken", "copy_next", "copy_count", "fill_level"):
             ring[name] = 0
@@ -143,7 +143,7 @@ class Worker:
         if held is None:
             return
         self.memory.rings[index]["active"] = 0
-        self.stats.header["ring_cursor"][index] = 0
+        self.stats.header["ring_sent"][index] = 0
         held[0].close()
 
     def close_ingress(self) -> None:

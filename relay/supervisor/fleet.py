@@ -302,6 +302,7 @@ class Fleet:
                 if worker.running:
                     worker.send(RemoveRing(ring.number))
                 worker.rings.pop(ring.number).close()
+                worker.stats.header["ring_sent"][ring.number] = 0
             self._retired.rings.append(ring.number)
         for name, ifindex in plan.rings.items():
             if name not in self._rings:

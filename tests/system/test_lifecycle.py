@@ -9,13 +9,15 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, assert_perfect, receiving, send, wait_until
+from tests.system.harness import BIN, Relay, assert_perfect, receiving, send, wait_until
 from tools.netns import Line
 
 RULE = """
@@ -106,6 +108,31 @@ def test_a_killed_worker_is_replaced_and_nothing_waiting_is_lost(
         f"pid {worker['pid']}, signal SIGKILL"
     )
     assert relay.assert_accounted()["packets_relayed"] == 3000
+    relay.stop()
+
+
+def has_relayed(relay: Relay, packets: int) -> bool:
+    return bool(relay.stats()["packets_relayed"] >= packets)
+
+
+def test_workers_killed_under_traffic_lose_and_double_nothing(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    gen, host, sink = line.hosts
+    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
+    relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
+    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+        options = ("--interface", "right", "--rate", "10000", "--count", "40000")
+        sending = threading.Thread(target=send, args=(gen, *options))
+        sending.start()
+        for _ in range(3):
+            before = relay.stats()["packets_relayed"]
+            wait_until(partial(has_relayed, relay, before + 5000), "traffic flows")
+            (worker,) = relay.ask("list-workers")
+            os.kill(worker["pid"], signal.SIGKILL)
+            relay.wait_for_log(f"pid {worker['pid']}, signal SIGKILL")
+        sending.join()
+        assert_perfect(summary(), 40_000)
     relay.stop()
 
 
