@@ -1,6 +1,6 @@
 """`python -m logging_shm` is mcrlog."""
 
-from logging_shm.cli import main
+from logging_shm.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="mcrlog")

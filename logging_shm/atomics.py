@@ -1,7 +1,7 @@
 """Raw memory accesses for compiled code: plain, and with acquire or release order.
 
-Addresses are int64. Acquire loads and release stores become LLVM's `load atomic` and `store atomic`:
-nothing else in this project orders memory between processes. Atomic accesses must be naturally aligned,
+Addresses are int64. Acquire loads, release stores and fences become LLVM's `load atomic`, `store atomic` and
+`fence`: nothing else in this project orders memory between processes. Atomic accesses must be naturally aligned,
 plain ones need not be. Every signed or unsigned width up to 32 bits promotes to int64 in arithmetic;
 64-bit values are signed, as Numba turns a mix of int64 and uint64 into a float.
 """
@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
+
+from logging_shm import cache
+from logging_shm.layout import ARGUMENTS_MAX
+
+cache.use_own()
 
 # Arithmetic of compiled code is int64 throughout; to a type checker its results are Any.
 int64: Any = np.int64
@@ -24,7 +30,8 @@ def _load(width: int, numba_type: Any, ordering: str | None) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = builder.inttoptr(
-                context.cast(builder, args[0], signature.args[0], types.int64), ir.IntType(width).as_pointer()
+                context.cast(builder, args[0], signature.args[0], types.int64),
+                (ir.DoubleType() if numba_type is types.float64 else ir.IntType(width)).as_pointer(),
             )
             if ordering is None:
                 return builder.load(pointer, align=1)
@@ -56,6 +63,72 @@ def _store(width: int, numba_type: Any, ordering: str | None) -> Any:
     return intrinsic(typing)
 
 
+def _fence(ordering: str) -> Any:
+    def typing(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.fence(ordering)
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return intrinsic(typing)
+
+
+def _prefetch_write(typing_context: Any, address: Any) -> Any:
+    """Have the cache line at `address` fetched for writing, without waiting for it."""
+    if not isinstance(address, types.Integer):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i8_pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", (i8_pointer,), ir.FunctionType(ir.VoidType(), [i8_pointer, i32, i32, i32])
+        )
+        pointer = builder.inttoptr(context.cast(builder, args[0], signature.args[0], types.int64), i8_pointer)
+        builder.call(prefetch, [pointer, i32(1), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+def _copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
+    """memcpy(3): `count` bytes from address `source` to address `target`, which don't overlap."""
+    if not all(isinstance(kind, types.Integer) for kind in (target, source, count)):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i8_pointer, i64, i1 = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(1)
+        memcpy = builder.module.declare_intrinsic("llvm.memcpy", [i8_pointer, i8_pointer, i64])
+        wide = [context.cast(builder, arg, kind, types.int64) for arg, kind in zip(args, signature.args, strict=True)]
+        pointers = [builder.inttoptr(address, i8_pointer) for address in wide[:2]]
+        builder.call(memcpy, [*pointers, wide[2], i1(0)])
+        return context.get_dummy_value()
+
+    return types.void(target, source, count), generate
+
+
+def _store_arguments(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """Store a tuple of integers and floats as eight bytes each from `address` on; return their number."""
+    if not isinstance(address, types.Integer) or not isinstance(arguments, types.Tuple | types.UniTuple):
+        return None
+    if len(arguments.types) > ARGUMENTS_MAX:
+        raise TypingError(f"{len(arguments.types)} arguments: a record holds at most {ARGUMENTS_MAX}")
+    if not all(isinstance(kind, types.Integer | types.Float | types.Boolean) for kind in arguments.types):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = context.cast(builder, args[0], signature.args[0], types.int64)
+        for index, kind in enumerate(arguments.types):
+            value = builder.extract_value(args[1], index)
+            wide = types.float64 if isinstance(kind, types.Float) else types.int64
+            ir_type = ir.DoubleType() if isinstance(kind, types.Float) else ir.IntType(64)
+            pointer = builder.inttoptr(builder.add(base, ir.IntType(64)(8 * index)), ir_type.as_pointer())
+            builder.store(context.cast(builder, value, kind, wide), pointer, align=8)
+        return ir.IntType(64)(len(arguments.types))
+
+    return types.int64(address, arguments), generate
+
+
 load_u8 = _load(8, types.uint8, None)
 load_u16 = _load(16, types.uint16, None)
 load_u32 = _load(32, types.uint32, None)
@@ -65,9 +138,15 @@ store_u16 = _store(16, types.uint16, None)
 store_u32 = _store(32, types.uint32, None)
 store_i32 = _store(32, types.int32, None)
 store_i64 = _store(64, types.int64, None)
+load_f64 = _load(64, types.float64, None)
 load_acquire_u8 = _load(8, types.uint8, "acquire")
 load_acquire_u32 = _load(32, types.uint32, "acquire")
 load_acquire_i64 = _load(64, types.int64, "acquire")
 store_release_u8 = _store(8, types.uint8, "release")
 store_release_u32 = _store(32, types.uint32, "release")
 store_release_i64 = _store(64, types.int64, "release")
+fence_acquire: Any = _fence("acquire")
+fence_release: Any = _fence("release")
+prefetch_write: Any = intrinsic(_prefetch_write)
+copy_bytes: Any = intrinsic(_copy_bytes)
+store_arguments: Any = intrinsic(_store_arguments)

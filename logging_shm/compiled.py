@@ -1,7 +1,12 @@
 """The writer: one record into a ring, from compiled code. No allocation, lock or system call.
 
-A segment has one writing thread. It fills the record behind its cursor and publishes it with a release store
-of the state, then moves the cursor. A full ring refuses the record and counts it.
+A segment has one writing thread. It fills the record behind its cursor between two states, WRITING and READY, so
+that a reader which copies it meanwhile can tell; then it moves the cursor. A full ring refuses the record
+and counts it, or, where the segment says so, overwrites the oldest.
+
+    write_event(segment, severity, event, timestamp_ns, (1, 2.5))            # rendered as formats[event] says
+    write_event_about(segment, severity, event, timestamp_ns, (1,), KEY, name, name_length)
+    write_text(segment, severity, timestamp_ns, text, length)
 """
 
 from typing import Any
@@ -9,159 +14,188 @@ from typing import Any
 from numba import njit, types
 
 from logging_shm.atomics import (
+    copy_bytes,
+    fence_release,
     int64,
     load_acquire_i64,
     load_acquire_u32,
     load_i64,
+    load_u32,
+    prefetch_write,
+    store_arguments,
     store_i64,
     store_release_i64,
     store_release_u8,
     store_u8,
-    store_u16,
-    store_u32,
 )
-from logging_shm.atomics import load_u8 as _load_u8
-from logging_shm.atomics import load_u32 as _load_u32
 from logging_shm.layout import (
+    FLAG_OVERWRITE,
     HEADER,
+    LIMIT,
     MESSAGE_BYTES_MAX,
-    PAIR_KEY_OFFSET,
+    PAIR,
     PAIR_VALUE_BYTES_MAX,
-    PAIR_VALUE_OFFSET,
     RECORD,
     RECORD_BYTES,
     RECORDS_OFFSET,
-    STATE_READY,
     STATE_WRITING,
-    offset_of,
 )
 
 CLOCK_MONOTONIC = 1
 clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 
-CAPACITY = offset_of(HEADER, "capacity")
-FACILITY = offset_of(HEADER, "facility")
-CORE = offset_of(HEADER, "core")
-OWNER_PID = offset_of(HEADER, "owner_pid")
-THREAD = offset_of(HEADER, "thread")
-LEVEL_MASK = offset_of(HEADER, "level_mask")
-WRITE_CURSOR = offset_of(HEADER, "write_cursor")
-DROPPED = offset_of(HEADER, "dropped")
-READ_CURSOR = offset_of(HEADER, "read_cursor")
+CAPACITY = HEADER["capacity"]
+PROCESS_AND_THREAD = HEADER["process"]
+FLAGS = HEADER["flags"]
+LEVEL_MASK = HEADER["level_mask"]
+RECORD_HEAD = HEADER["record_head"]
+WRITE_CURSOR = HEADER["write_cursor"]
+READ_CURSOR_SEEN = HEADER["read_cursor_seen"]
+DROPPED = HEADER["dropped"]
+READ_CURSOR = HEADER["read_cursor"]
+LIMITS = HEADER["limits"]
+SCRATCH = HEADER["scratch"]
+LIMIT_BYTES = LIMIT.bytes
+EARLIEST = LIMIT["earliest_ns"]
+INTERVAL = LIMIT["interval_ns"]
+BURST = LIMIT["burst_ns"]
+SUPPRESSED = LIMIT["suppressed"]
 
-SEVERITY = offset_of(RECORD, "severity")
-RECORD_FACILITY = offset_of(RECORD, "facility")
-MESSAGE_LENGTH = offset_of(RECORD, "message_length")
-PAIR_COUNT = offset_of(RECORD, "pair_count")
-RECORD_CORE = offset_of(RECORD, "core")
-FORMAT = offset_of(RECORD, "format")
-TIMESTAMP = offset_of(RECORD, "timestamp_ns")
-SEQUENCE = offset_of(RECORD, "sequence")
-PROCESS = offset_of(RECORD, "process")
-RECORD_THREAD = offset_of(RECORD, "thread")
-MESSAGE = offset_of(RECORD, "message")
-PAIRS = offset_of(RECORD, "pairs")
-KEY_RULE = int.from_bytes(b"rule", "little")
+SEVERITY_SHIFT = 8 * RECORD["severity"]
+MESSAGE_LENGTH_SHIFT = 8 * RECORD["message_length"]
+PAIR_COUNT_SHIFT = 8 * RECORD["pair_count"]
+FORMAT_SHIFT = 8 * RECORD["format"]
+TIMESTAMP = RECORD["timestamp_ns"]
+SEQUENCE = RECORD["sequence"]
+RECORD_PROCESS_AND_THREAD = RECORD["process"]
+MESSAGE = RECORD["message"]
+PAIRS = RECORD["pairs"]
+KEY_LENGTH = PAIR["key_length"]
+VALUE_LENGTH = PAIR["value_length"]
+KEY = PAIR["key"]
+VALUE = PAIR["value"]
+PREFETCH_RECORDS = 2  # ahead: the line is here when the next but one record comes, 60 ns later
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def enabled(segment: Any, severity: int) -> bool:
     """Whether records of this severity are wanted: one load and a branch."""
     return (int64(load_acquire_u32(segment.ctypes.data + LEVEL_MASK)) >> severity) & 1 != 0
 
 
 @njit(cache=True, nogil=True)
+def refuse(base: int, severity: int) -> bool:
+    """Whether the ring is full, as far as its reader has told. Counts the record that is refused then."""
+    read = load_acquire_i64(base + READ_CURSOR)
+    store_i64(base + READ_CURSOR_SEEN, read)
+    if int64(load_i64(base + WRITE_CURSOR)) - int64(read) < load_i64(base + CAPACITY):
+        return False
+    if load_u32(base + FLAGS) & FLAG_OVERWRITE:
+        # Room for a whole ring before this is asked again.
+        store_i64(base + READ_CURSOR_SEEN, load_i64(base + WRITE_CURSOR))
+        return False
+    counter = base + DROPPED + 8 * severity
+    store_release_i64(counter, load_i64(counter) + 1)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def suppress(limit: int, now_ns: int) -> bool:
+    """Whether a format's token bucket is empty, by the generic cell rate algorithm (ITU-T I.371)."""
+    earliest_ns = load_i64(limit + EARLIEST)
+    if earliest_ns - now_ns > load_i64(limit + BURST):
+        store_i64(limit + SUPPRESSED, load_i64(limit + SUPPRESSED) + 1)
+        return True
+    store_i64(limit + EARLIEST, max(earliest_ns, now_ns) + load_i64(limit + INTERVAL))
+    return False
+
+
+@njit(cache=True, nogil=True, inline="always")
 def reserve(segment: Any, severity: int, timestamp_ns: int, format_number: int) -> int:
-    """Begin a record; return its address, or 0 when filtered out or the ring is full."""
+    """Begin a record; return its address, or 0 when it is filtered out, suppressed, or the ring is full."""
     base = segment.ctypes.data
     if not enabled(segment, severity):
         return 0
-    cursor = load_i64(base + WRITE_CURSOR)
-    capacity = load_i64(base + CAPACITY)
-    if cursor - load_acquire_i64(base + READ_CURSOR) >= capacity:
-        store_release_i64(base + DROPPED, load_i64(base + DROPPED) + 1)
+    cursor = int64(load_i64(base + WRITE_CURSOR))
+    capacity = int64(load_i64(base + CAPACITY))
+    if cursor - int64(load_i64(base + READ_CURSOR_SEEN)) >= capacity and refuse(base, severity):
         return 0
-    record = base + RECORDS_OFFSET + (cursor % capacity) * RECORD_BYTES
-    store_release_u8(record, STATE_WRITING)
+    record = base + RECORDS_OFFSET + (cursor & (capacity - 1)) * RECORD_BYTES
+    limit = base + LIMITS + format_number * LIMIT_BYTES
     if timestamp_ns == 0:
-        # The record's own message area takes the timespec: writing needs no memory besides the ring.
-        clock_gettime(CLOCK_MONOTONIC, record + MESSAGE)
-        timestamp_ns = load_i64(record + MESSAGE) * 1_000_000_000 + load_i64(record + MESSAGE + 8)
-    store_u8(record + SEVERITY, severity)
-    store_u8(record + RECORD_FACILITY, _load_u32(base + FACILITY))
-    store_u8(record + PAIR_COUNT, 0)
-    store_u8(record + MESSAGE_LENGTH, 0)
-    store_u8(record + RECORD_CORE, _load_u32(base + CORE))
-    store_u16(record + FORMAT, format_number)
+        # The writer's own line takes the timespec: writing needs no memory besides the segment.
+        clock_gettime(CLOCK_MONOTONIC, base + SCRATCH)
+        timestamp_ns = int64(load_i64(base + SCRATCH)) * 1_000_000_000 + int64(load_i64(base + SCRATCH + 8))
+    if load_i64(limit + INTERVAL) and suppress(limit, timestamp_ns):
+        return 0
+    store_release_u8(record, STATE_WRITING)
+    fence_release()
     store_i64(record + TIMESTAMP, timestamp_ns)
     store_i64(record + SEQUENCE, cursor)
-    store_u32(record + PROCESS, _load_u32(base + OWNER_PID))
-    store_u32(record + RECORD_THREAD, _load_u32(base + THREAD))
+    store_i64(record + RECORD_PROCESS_AND_THREAD, load_i64(base + PROCESS_AND_THREAD))
     return record
 
 
-@njit(cache=True, nogil=True)
-def commit(segment: Any, record: int) -> None:
-    """Publish a reserved record."""
+@njit(cache=True, nogil=True, inline="always")
+def commit(segment: Any, record: int, severity: int, format_number: int, length: int, pair_count: int) -> None:
+    """Publish a reserved record: its first eight bytes at once, the cursor after them."""
     base = segment.ctypes.data
-    store_release_u8(record, STATE_READY)
-    store_release_i64(base + WRITE_CURSOR, load_i64(base + WRITE_CURSOR) + 1)
+    head = int64(load_i64(base + RECORD_HEAD)) | severity << SEVERITY_SHIFT | format_number << FORMAT_SHIFT
+    head |= length << MESSAGE_LENGTH_SHIFT | pair_count << PAIR_COUNT_SHIFT
+    store_release_i64(record, head)
+    cursor = int64(load_i64(base + WRITE_CURSOR)) + 1
+    store_release_i64(base + WRITE_CURSOR, cursor)
+    ahead = (cursor + PREFETCH_RECORDS) & (int64(load_i64(base + CAPACITY)) - 1)
+    prefetch_write(base + RECORDS_OFFSET + ahead * RECORD_BYTES)
 
 
 @njit(cache=True, nogil=True)
-def write_event(
+def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
+    """Write a tuple of at most 8 integers and floats under the format `event`; False when it was not written.
+
+    `segment` is the uint8 array of the segment. `timestamp_ns` 0 reads CLOCK_MONOTONIC.
+    """
+    record = reserve(segment, severity, timestamp_ns, event)
+    if record == 0:
+        return False
+    count = store_arguments(record + MESSAGE, arguments)
+    commit(segment, record, severity, event, 8 * count, 0)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def write_event_about(
     segment: Any,
     severity: int,
-    format_number: int,
+    event: int,
     timestamp_ns: int,
-    a0: int,
-    a1: int,
-    a2: int,
-    a3: int,
-    a4: int,
-    a5: int,
+    arguments: Any,
+    key: Any,
     value: Any,
     value_length: int,
 ) -> bool:
-    """Write six typed arguments under a registered format; False when filtered out or dropped.
-
-    `segment` and `value` are uint8 arrays. A `value_length` over 0 adds the pair `rule` with the first
-    20 bytes of `value`. `timestamp_ns` 0 reads CLOCK_MONOTONIC.
-    """
-    record = reserve(segment, severity, timestamp_ns, format_number)
+    """As `write_event`, with a pair: `key` from pair_key(), and the first 20 bytes of the uint8 array `value`."""
+    record = reserve(segment, severity, timestamp_ns, event)
     if record == 0:
         return False
-    arguments = record + MESSAGE
-    store_i64(arguments, a0)
-    store_i64(arguments + 8, a1)
-    store_i64(arguments + 16, a2)
-    store_i64(arguments + 24, a3)
-    store_i64(arguments + 32, a4)
-    store_i64(arguments + 40, a5)
-    store_u8(record + MESSAGE_LENGTH, 48)
-    if value_length > 0:
-        length = min(value_length, PAIR_VALUE_BYTES_MAX)
-        pair = record + PAIRS
-        store_u8(pair, 4)
-        store_u8(pair + 1, length)
-        store_i64(pair + PAIR_KEY_OFFSET, KEY_RULE)
-        for i in range(length):
-            store_u8(pair + PAIR_VALUE_OFFSET + i, value[i])
-        store_u8(record + PAIR_COUNT, 1)
-    commit(segment, record)
+    count = store_arguments(record + MESSAGE, arguments)
+    length = min(int64(value_length), PAIR_VALUE_BYTES_MAX)
+    pair = record + PAIRS
+    store_u8(pair + KEY_LENGTH, key[1])
+    store_u8(pair + VALUE_LENGTH, length)
+    store_i64(pair + KEY, key[0])
+    copy_bytes(pair + VALUE, value.ctypes.data, length)
+    commit(segment, record, severity, event, 8 * count, 1)
     return True
 
 
 @njit(cache=True, nogil=True)
 def write_text(segment: Any, severity: int, timestamp_ns: int, message: Any, length: int) -> bool:
-    """Write `length` bytes (at most 160) of the uint8 array `message`; False when filtered or dropped."""
+    """Write `length` bytes (at most 160) of the uint8 array `message`; False when it was not written."""
     record = reserve(segment, severity, timestamp_ns, 0)
     if record == 0:
         return False
-    length = min(length, MESSAGE_BYTES_MAX)
-    source = message.ctypes.data
-    for i in range(length):
-        store_u8(record + MESSAGE + i, _load_u8(source + i))
-    store_u8(record + MESSAGE_LENGTH, length)
-    commit(segment, record)
+    length = min(int64(length), MESSAGE_BYTES_MAX)
+    copy_bytes(record + MESSAGE, message.ctypes.data, length)
+    commit(segment, record, severity, 0, length, 0)
     return True

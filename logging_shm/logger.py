@@ -1,67 +1,61 @@
 """Loggers: how a Python process writes into rings. Several threads or tasks may share a Logger."""
 
-import os
-import threading
-import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from logging_shm.facility import WORKER_FACILITIES, Facility, Severity, segment_name
-from logging_shm.ring import LogEntry, SharedSPSCRingBuffer
+from logging_shm.ring import SharedSPSCRingBuffer
+
+# An IntEnum's arithmetic costs more than the whole record.
+EMERGENCY, ALERT, CRITICAL, ERROR, WARNING, NOTICE, INFO, DEBUG = map(int, Severity)
+
+
+def _texts(pairs: dict[str, object]) -> Sequence[tuple[str, str]]:
+    return [(key, str(value)) for key, value in pairs.items()] if pairs else ()
 
 
 class Logger:
-    """Writes text records of one facility. Up to two keyword pairs go along."""
+    """Writes text records into a ring. Up to two keyword pairs go along."""
 
-    def __init__(self, ring: SharedSPSCRingBuffer, facility: Facility) -> None:
-        self._ring = ring
-        self._facility = facility
+    def __init__(self, ring: SharedSPSCRingBuffer) -> None:
+        self._append = ring.append
 
-    def log(self, severity: Severity, message: str, **pairs: object) -> bool:
+    def log(self, severity: int, message: str, **pairs: object) -> bool:
         """Write one record; False when its level is off or the ring is full."""
-        return self._ring.write(
-            LogEntry(
-                severity=severity,
-                facility=self._facility,
-                message=message,
-                timestamp_ns=time.monotonic_ns(),
-                process=os.getpid(),
-                thread=threading.get_native_id(),
-                pairs=tuple((key, str(value)) for key, value in pairs.items()),
-            )
-        )
+        return self._append(severity, message, _texts(pairs))
 
     def emergency(self, message: str, **pairs: object) -> bool:
         """The system is unusable."""
-        return self.log(Severity.Emergency, message, **pairs)
+        return self._append(EMERGENCY, message, _texts(pairs))
 
     def alert(self, message: str, **pairs: object) -> bool:
         """Somebody must act at once."""
-        return self.log(Severity.Alert, message, **pairs)
+        return self._append(ALERT, message, _texts(pairs))
 
     def critical(self, message: str, **pairs: object) -> bool:
         """A part failed."""
-        return self.log(Severity.Critical, message, **pairs)
+        return self._append(CRITICAL, message, _texts(pairs))
 
     def error(self, message: str, **pairs: object) -> bool:
         """Something was not done."""
-        return self.log(Severity.Error, message, **pairs)
+        return self._append(ERROR, message, _texts(pairs))
 
     def warning(self, message: str, **pairs: object) -> bool:
         """Something may go wrong."""
-        return self.log(Severity.Warning, message, **pairs)
+        return self._append(WARNING, message, _texts(pairs))
 
     def notice(self, message: str, **pairs: object) -> bool:
         """Normal but significant."""
-        return self.log(Severity.Notice, message, **pairs)
+        return self._append(NOTICE, message, _texts(pairs))
 
     def info(self, message: str, **pairs: object) -> bool:
         """For information."""
-        return self.log(Severity.Info, message, **pairs)
+        return self._append(INFO, message, _texts(pairs))
 
     def debug(self, message: str, **pairs: object) -> bool:
         """For whoever looks for a fault."""
-        return self.log(Severity.Debug, message, **pairs)
+        return self._append(DEBUG, message, _texts(pairs))
 
 
 class _Logging:
@@ -72,7 +66,7 @@ class _Logging:
 
     def logger(self, facility: Facility) -> Logger:
         """The Logger of a facility. Raises KeyError for one that this process has no ring for."""
-        return Logger(self.rings[facility], facility)
+        return Logger(self.rings[facility])
 
     def segment(self, facility: Facility) -> Any:
         """The mapped uint8 array of a facility's segment, for compiled code."""

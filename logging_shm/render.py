@@ -1,33 +1,55 @@
-"""Rendering: from the bytes and typed arguments of a record to one printable line. Pure."""
+"""Rendering: from the bytes and typed arguments of a record to printable text. Pure.
+
+    "First packet from {0:ip}:{1:port} of {rule}"
+
+A placeholder takes an argument by its number and kind, or a pair's value by its key. lines.py does the same in
+compiled code, from `steps`; tests hold the two against each other.
+"""
 
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-_PLACEHOLDER = re.compile(r"\{(\d):(d|ip|port|dur|hex)\}|\{(\w+)\}")
+UNICODE_SHOWN = 0x20000  # beyond lie rare ideographs: not worth a greater table in compiled code
 
 
 def printable(raw: bytes) -> str:
     """Text in which nothing can move a cursor, start a line or forge one: the rest is escaped."""
     text = raw.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_shown(character: str) -> bool:
+    """Whether a character may stand in a line as it is: printable, and of the first two planes of Unicode."""
+    return character.isprintable() and ord(character) < UNICODE_SHOWN
 
 
 def duration(value_ns: int) -> str:
-    """Nanoseconds in the unit that reads best."""
+    """Nanoseconds in the greatest unit that they fill, with three decimals."""
     for unit, size_ns in (("s", 1_000_000_000), ("ms", 1_000_000), ("µs", 1000)):
         if abs(value_ns) >= size_ns:
-            return f"{value_ns / size_ns:.3g} {unit}"
+            whole, rest = divmod(abs(value_ns), size_ns)
+            return f"{'-' if value_ns < 0 else ''}{whole}.{rest * 1000 // size_ns:03d} {unit}"
     return f"{value_ns} ns"
 
 
-_KINDS: dict[str, Callable[[int], str]] = {
+def real(value: int) -> str:
+    """A float, given as its eight bytes: six significant digits, as C's %g has them."""
+    return f"{struct.unpack('<d', struct.pack('<q', value))[0]:g}"
+
+
+KINDS: Mapping[str, Callable[[int], str]] = {
     "d": str,
+    "g": real,
     "ip": lambda value: socket.inet_ntoa((value & 0xFFFFFFFF).to_bytes(4, "big")),
     "port": lambda value: str(value & 0xFFFF),
     "dur": duration,
-    "hex": hex,
+    "hex": lambda value: hex(value & 0xFFFF_FFFF_FFFF_FFFF),
 }
+PLACEHOLDER = re.compile(rf"\{{(\d):({'|'.join(KINDS)})\}}|\{{(\w+)\}}")
 
 
 def render(template: str | None, number: int, arguments: Sequence[int], pairs: Mapping[str, str]) -> str:
@@ -39,6 +61,19 @@ def render(template: str | None, number: int, arguments: Sequence[int], pairs: M
         index, kind, key = placeholder.groups()
         if key is not None:
             return pairs.get(key, "")
-        return _KINDS[kind](arguments[int(index)]) if int(index) < len(arguments) else ""
+        return KINDS[kind](arguments[int(index)]) if int(index) < len(arguments) else ""
 
-    return printable(_PLACEHOLDER.sub(fill, template).encode())
+    return printable(PLACEHOLDER.sub(fill, template).encode())
+
+
+def steps(template: str) -> Iterator[tuple[str, bytes, int]]:
+    """A format taken apart: ("literal", text, 0), ("pair", key, 0), or (kind, b"", argument)."""
+    at = 0
+    for placeholder in PLACEHOLDER.finditer(template):
+        if placeholder.start() > at:
+            yield "literal", printable(template[at : placeholder.start()].encode()).encode(), 0
+        index, kind, key = placeholder.groups()
+        yield ("pair", key.encode(), 0) if key is not None else (kind, b"", int(index))
+        at = placeholder.end()
+    if at < len(template):
+        yield "literal", printable(template[at:].encode()).encode(), 0

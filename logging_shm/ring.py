@@ -1,10 +1,14 @@
 """The ring of one segment, one writer and one reader: how Python writes a record and how it is read back.
 
-The reader checks every field: whatever a writer that went wrong left there becomes a harmless entry.
+Several threads of the writing process may write. The reader checks every field: whatever a writer that went wrong
+left there becomes a harmless entry. The twins in compiled code are compiled.py and collect.py.
 """
 
+import os
 import struct
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +16,7 @@ from typing import Any, Self
 from logging_shm.facility import RING_CAPACITY, Facility, Severity
 from logging_shm.layout import (
     ARGUMENTS_MAX,
+    FLAG_OVERWRITE,
     HEADER,
     MESSAGE_BYTES_MAX,
     PAIR_KEY_BYTES_MAX,
@@ -22,21 +27,24 @@ from logging_shm.layout import (
     RECORDS_OFFSET,
     STATE_READY,
     STATE_WRITING,
-    offset_of,
 )
 from logging_shm.render import printable, render
-from logging_shm.segment import Segment, SegmentError
+from logging_shm.segment import Segment
 
 _HEAD = struct.Struct("<BBBBBBHqqII")  # the first 32 bytes of RECORD
 _PAIR = struct.Struct(f"<BBxx{PAIR_KEY_BYTES_MAX}s{PAIR_VALUE_BYTES_MAX}s")
 _ARGUMENTS = struct.Struct(f"<{ARGUMENTS_MAX}q")
-_I64 = struct.Struct("<q")
-_WRITE_CURSOR = offset_of(HEADER, "write_cursor")
-_READ_CURSOR = offset_of(HEADER, "read_cursor")
-_DROPPED = offset_of(HEADER, "dropped")
-_MESSAGE = offset_of(RECORD, "message")
-_PAIRS = offset_of(RECORD, "pairs")
+_WORD = 8
+_LEVEL_MASK = HEADER["level_mask"]
+_WRITE_CURSOR = HEADER["write_cursor"] // _WORD
+_READ_CURSOR = HEADER["read_cursor"] // _WORD
+_DROPPED = HEADER["dropped"] // _WORD
+_RECORDS = RECORDS_OFFSET // _WORD
+_RECORD_WORDS = RECORD_BYTES // _WORD
+_MESSAGE = RECORD["message"]
+_PAIRS = RECORD["pairs"]
 CUT_MARK = "…"
+_CUT_MARK_BYTES = CUT_MARK.encode()
 
 
 @dataclass(frozen=True)
@@ -54,29 +62,46 @@ class LogEntry:
     pairs: tuple[tuple[str, str], ...] = ()
 
 
-def encode_message(message: str) -> bytes:
+def cut(encoded: bytes) -> bytes:
     """UTF-8 of at most 160 bytes; a longer text is cut at a character and marked."""
-    encoded = message.encode()
     if len(encoded) <= MESSAGE_BYTES_MAX:
         return encoded
-    mark = CUT_MARK.encode()
-    return encoded[: MESSAGE_BYTES_MAX - len(mark)].decode(errors="ignore").encode() + mark
+    return encoded[: MESSAGE_BYTES_MAX - len(_CUT_MARK_BYTES)].decode(errors="ignore").encode() + _CUT_MARK_BYTES
+
+
+class _Identity(threading.local):
+    """The calling thread's pid and kernel thread id as a record holds them; asked of the kernel once a thread."""
+
+    def __init__(self) -> None:
+        self.word = os.getpid() | threading.get_native_id() << 32
+
+
+_identity = _Identity()
+
+
+def _renew_identity() -> None:
+    global _identity  # noqa: PLW0603 - a fork makes every cached identity wrong
+    _identity = _Identity()
+
+
+os.register_at_fork(after_in_child=_renew_identity)
 
 
 class SharedSPSCRingBuffer:
-    """One writer, one reader; both sides in Python here, the writer's twin in compiled.py."""
+    """One writing process, one reader; both sides in Python here."""
 
     def __init__(self, segment: Segment) -> None:
-        """Raises SegmentError for a header that no creator wrote."""
         self.segment = segment
-        self._memory = memoryview(segment.bytes)
-        self._capacity = int(segment.header["capacity"])
-        if self._capacity < 1 or int(segment.header["facility"]) not in Facility.__members__.values():
-            raise SegmentError(f"/dev/shm/{segment.name} has a damaged header")
-        self.facility = Facility(int(segment.header["facility"]))
-        self.core = int(segment.header["core"])
+        self.facility = Facility(segment.get("facility"))
+        self.core = segment.get("core")
+        self.capacity = segment.get("capacity")
+        self.overwrite = bool(segment.get("flags") & FLAG_OVERWRITE)
+        self._memory = memoryview(segment.memory)
+        self._words = self._memory.cast("q")
+        self._head = STATE_WRITING | self.facility << 16 | self.core << 40
         self._lock = threading.Lock()
-        self.dropped_seen = 0
+        self._dropped_seen = 0
+        self.missed = 0  # records that the writer overwrote before they were read
 
     @classmethod
     def create(cls, name: str, capacity: int | None = None, facility: Facility = Facility.Test, **segment: Any) -> Self:
@@ -88,70 +113,106 @@ class SharedSPSCRingBuffer:
         """Use the existing segment `name`. Raises SegmentError."""
         return cls(Segment.attach(name))
 
+    # --- the writer's side --------------------------------------------------------------------------
+
     def write(self, entry: LogEntry) -> bool:
         """Write one record; False when its level is off, or the ring is full, which is counted."""
+        return self.append(
+            entry.severity, entry.message, entry.pairs, entry.timestamp_ns, entry.process | entry.thread << 32
+        )
+
+    def append(
+        self,
+        severity: int,
+        message: str,
+        pairs: Sequence[tuple[str, str]] = (),
+        timestamp_ns: int | None = None,
+        process_and_thread: int | None = None,
+    ) -> bool:
+        """Write one text record, by default as of now and by this thread; False when it was not written.
+
+        x86-64 keeps the order of these stores; nothing but the interpreter stands between them.
+        """
         memory = self._memory
-        if not int(self.segment.header["level_mask"]) >> entry.severity & 1:
+        if not memory[_LEVEL_MASK] >> severity & 1:
             return False
-        message = encode_message(entry.message)
+        encoded = message.encode("utf-8", "backslashreplace")
+        if len(encoded) > MESSAGE_BYTES_MAX:
+            encoded = cut(encoded)
+        length = len(encoded)
+        if process_and_thread is None:
+            process_and_thread = _identity.word
+        words = self._words
         with self._lock:
-            (cursor,) = _I64.unpack_from(memory, _WRITE_CURSOR)
-            (read,) = _I64.unpack_from(memory, _READ_CURSOR)
-            if cursor - read >= self._capacity:
-                (dropped,) = _I64.unpack_from(memory, _DROPPED)
-                _I64.pack_into(memory, _DROPPED, dropped + 1)
+            cursor = words[_WRITE_CURSOR]
+            if cursor - words[_READ_CURSOR] >= self.capacity and not self.overwrite:
+                words[_DROPPED + severity] += 1
                 return False
-            at = RECORDS_OFFSET + cursor % self._capacity * RECORD_BYTES
-            _HEAD.pack_into(
-                memory,
-                at,
-                STATE_WRITING,
-                entry.severity,
-                self.facility,
-                len(message),
-                min(len(entry.pairs), PAIRS_MAX),
-                self.core,
-                0,
-                entry.timestamp_ns,
-                cursor,
-                entry.process,
-                entry.thread & 0xFFFFFFFF,
-            )
-            memory[at + _MESSAGE : at + _MESSAGE + len(message)] = message
-            for i, (key, value) in enumerate(entry.pairs[:PAIRS_MAX]):
-                k, v = key.encode()[:PAIR_KEY_BYTES_MAX], value.encode()[:PAIR_VALUE_BYTES_MAX]
-                _PAIR.pack_into(memory, at + _PAIRS + i * _PAIR.size, len(k), len(v), k, v)
-            memory[at] = STATE_READY
-            _I64.pack_into(memory, _WRITE_CURSOR, cursor + 1)
+            place = cursor & (self.capacity - 1)
+            at = RECORDS_OFFSET + place * RECORD_BYTES
+            word = _RECORDS + place * _RECORD_WORDS
+            head = self._head | severity << 8 | length << 24
+            words[word] = head
+            words[word + 1] = time.monotonic_ns() if timestamp_ns is None else timestamp_ns
+            words[word + 2] = cursor
+            words[word + 3] = process_and_thread
+            memory[at + _MESSAGE : at + _MESSAGE + length] = encoded
+            if pairs:
+                head |= self._write_pairs(at + _PAIRS, pairs) << 32
+            words[word] = head + (STATE_READY - STATE_WRITING)
+            words[_WRITE_CURSOR] = cursor + 1
         return True
 
+    def _write_pairs(self, at: int, pairs: Sequence[tuple[str, str]]) -> int:
+        for i, (key, value) in enumerate(pairs[:PAIRS_MAX]):
+            k = key.encode("utf-8", "backslashreplace")[:PAIR_KEY_BYTES_MAX]
+            v = value.encode("utf-8", "backslashreplace")[:PAIR_VALUE_BYTES_MAX]
+            _PAIR.pack_into(self._memory, at + i * _PAIR.size, len(k), len(v), k, v)
+        return min(len(pairs), PAIRS_MAX)
+
+    # --- the reader's side --------------------------------------------------------------------------
+
     def read(self) -> LogEntry | None:
-        """The next record, None when there is none. A record that was never finished is passed over."""
-        memory = self._memory
-        (written,) = _I64.unpack_from(memory, _WRITE_CURSOR)
-        (cursor,) = _I64.unpack_from(memory, _READ_CURSOR)
-        if not cursor < written <= cursor + self._capacity:
+        """The next record, None when there is none. Records that were overwritten are counted in `missed`."""
+        while True:
+            cursor, written = self._words[_READ_CURSOR], self._words[_WRITE_CURSOR]
+            if cursor == written:
+                return None
+            if not cursor < written <= cursor + self.capacity:
+                self.missed += 1 if written < cursor else written - self.capacity - cursor
+                cursor = max(written - self.capacity, 0) if self.overwrite and written > cursor else written
+            entry = self._copy(cursor)
+            self._words[_READ_CURSOR] = cursor if cursor == written else cursor + 1
+            if entry is not None:
+                return entry
+            if cursor == written:
+                return None
+            self.missed += 1
+
+    def _copy(self, number: int) -> LogEntry | None:
+        """Record `number`, None when it is not there, or was overwritten while it was copied."""
+        at = RECORDS_OFFSET + (number & (self.capacity - 1)) * RECORD_BYTES
+        record = self._memory[at : at + RECORD_BYTES].tobytes()
+        head = (self._memory[at], RECORD.get(self._memory[at : at + RECORD_BYTES], "sequence"))
+        if head != (STATE_READY, number) or RECORD.get(record, "sequence") != number:
             return None
-        at = RECORDS_OFFSET + cursor % self._capacity * RECORD_BYTES
-        entry = self.decode(bytes(memory[at : at + RECORD_BYTES]))
-        _I64.pack_into(memory, _READ_CURSOR, cursor + 1)
-        return entry
+        return self.decode(record)
+
+    def unread(self) -> int:
+        """Records that are written and not yet read."""
+        return min(max(self._words[_WRITE_CURSOR] - self._words[_READ_CURSOR], 0), self.capacity)
 
     def last(self, count: int) -> list[LogEntry]:
         """The last `count` records, read before or not, oldest first. Takes nothing from the ring."""
-        (written,) = _I64.unpack_from(self._memory, _WRITE_CURSOR)
-        count = max(min(count, written, self._capacity), 0)
-        entries = []
-        for number in range(written - count, written):
-            at = RECORDS_OFFSET + number % self._capacity * RECORD_BYTES
-            entries.append(self.decode(bytes(self._memory[at : at + RECORD_BYTES])))
-        return entries
+        written = self._words[_WRITE_CURSOR]
+        count = max(min(count, written, self.capacity), 0)
+        return [entry for number in range(written - count, written) if (entry := self._copy(number))]
 
     def dropped(self) -> int:
         """Records refused since the last call."""
-        (total,) = _I64.unpack_from(self._memory, _DROPPED)
-        seen, self.dropped_seen = self.dropped_seen, int(total)
-        return max(self.dropped_seen - seen, 0)
+        total = sum(self.segment.dropped())
+        seen, self._dropped_seen = self._dropped_seen, total
+        return max(total - seen, 0)
 
     def decode(self, record: bytes) -> LogEntry:
         """An entry from the 256 bytes of a record, whatever they are."""
@@ -164,7 +225,8 @@ class SharedSPSCRingBuffer:
             pairs.append((printable(key[:key_length]), printable(value[:value_length])))
         body = record[_MESSAGE : _MESSAGE + min(length, MESSAGE_BYTES_MAX)]
         if number:
-            text = render(self.segment.format(number), number, _ARGUMENTS.unpack_from(record, _MESSAGE), dict(pairs))
+            arguments = _ARGUMENTS.unpack_from(record, _MESSAGE)[: length // 8]
+            text = render(self.segment.format(number), number, arguments, dict(pairs))
         else:
             text = printable(body)
         return LogEntry(
@@ -178,6 +240,8 @@ class SharedSPSCRingBuffer:
             thread=thread,
             pairs=tuple(pairs),
         )
+
+    # --- the end ------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Unlink the segment if this process created it."""

@@ -1,36 +1,55 @@
 """Segments: creating, mapping and removing the shared memory of one ring.
 
-The creator owns the name and unlinks it; an attached process only maps it. A segment whose creator is gone is
-stale: its owner's pid no longer runs, or runs since another start time.
+The creator owns the name and unlinks it; an attached process only maps it. A segment is stale when neither its
+creator nor its writer runs: the pid is gone, or is that of a process with another start time. NumPy is not needed
+here: `mcrlog` lists and cleans without it.
 """
 
+import contextlib
+import ctypes
 import mmap
 import os
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import posix_ipc
 
 from logging_shm.facility import Facility, Severity
 from logging_shm.layout import (
     ABI_VERSION,
+    CAPACITY_MAX,
+    FLAG_OVERWRITE,
     FORMAT_BYTES_MAX,
-    FORMATS,
     FORMATS_MAX,
     FORMATS_OFFSET,
     HEADER,
     LEVEL_MASK_ALL,
+    LIMIT,
+    RECORD,
     RECORD_BYTES,
+    RECORDS_OFFSET,
     SEGMENT_MAGIC,
+    STATE_READY,
+    STATE_WRITING,
     segment_bytes,
 )
+
+SHM_DIRECTORY = Path("/dev/shm")
+NAME = re.compile(r"mcr_[A-Za-z0-9_.-]{1,200}")
+MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+OTHERS = 0o077  # mode bits of anybody but the owner
 
 
 class SegmentError(Exception):
     """A segment that can't be created, or that is none of ours."""
+
+
+class OtherVersionError(SegmentError):
+    """A segment of another ABI version: nothing in it but its magic and version can be read."""
 
 
 def process_start_ticks(pid: int) -> int | None:
@@ -39,25 +58,42 @@ def process_start_ticks(pid: int) -> int | None:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_running(pid: int, start_ticks: int) -> bool:
+    """Whether a process runs that is the one meant; a reused pid is told by its start time."""
+    return pid > 0 and process_start_ticks(pid) == start_ticks
+
+
+def names() -> list[str]:
+    """The names in /dev/shm that may be log segments."""
+    return sorted(entry.name for entry in SHM_DIRECTORY.iterdir() if NAME.fullmatch(entry.name))
+
+
+def unlink(name: str) -> None:
+    """Remove a name; whoever maps the segment keeps its memory. One that is gone already is fine."""
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(f"/{name}")
 
 
 class Segment:
-    """A mapped segment; a context manager. `bytes` is the whole of it as a uint8 array."""
+    """A mapped segment; a context manager. `memory` is the mapping, `bytes` the same as a NumPy array."""
 
     def __init__(self, name: str, fd: int, owner: bool) -> None:
-        """Map `fd` and close it. Raises SegmentError when it holds no segment of this version."""
+        """Map `fd` and close it. Raises SegmentError when it is too small for a header."""
         self.name = name
         self._owner = owner
         try:
-            size = os.fstat(fd).st_size
-            if size < segment_bytes(0):
-                raise SegmentError(f"/dev/shm/{name} is truncated: {size} bytes")
-            self._map = mmap.mmap(fd, size)
+            status = os.fstat(fd)
+            self.size = status.st_size
+            self.identity = status.st_ino  # tells it from another one that has the name later
+            if self.size < segment_bytes(0):
+                raise SegmentError(f"/dev/shm/{name} is truncated: {self.size} bytes")
+            self.memory = mmap.mmap(fd, self.size)
         finally:
             os.close(fd)
-        self.bytes: Any = np.frombuffer(self._map, np.uint8)
-        self.header: Any = self.bytes[: HEADER.itemsize].view(HEADER)[0]
 
     @classmethod
     def create(
@@ -66,92 +102,224 @@ class Segment:
         facility: Facility,
         capacity: int,
         core: int | None = None,
-        formats: dict[int, str] | None = None,
+        formats: Mapping[int, str] | None = None,
         uid: int = -1,
         gid: int = -1,
+        overwrite: bool = False,
+        lock_memory: bool = False,
     ) -> Self:
         """Create a segment with every page present, and hand it to `uid`:`gid`.
 
-        Raises SegmentError when the name belongs to a living process, or /dev/shm has no room.
+        `capacity` is a power of two, in records. With `overwrite` a full ring keeps the newest records, else the
+        oldest. With `lock_memory` its pages are never swapped out (mlock(2)).
+
+        Raises ValueError for a capacity or format that can't be; SegmentError when the name belongs to a
+        living process or is no segment, when /dev/shm has no room, or RLIMIT_MEMLOCK is too low.
         """
+        if not 0 < capacity <= CAPACITY_MAX or capacity & (capacity - 1):
+            raise ValueError(f"capacity {capacity}: expected a power of two up to {CAPACITY_MAX}")
         remove_stale(name)
         try:
             shm = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError as error:
-            raise SegmentError(f"/dev/shm/{name} exists already: is another instance running?") from error
+            raise SegmentError(
+                f"/dev/shm/{name} exists and is no log segment of version {ABI_VERSION}: "
+                "remove it, or choose another instance"
+            ) from error
+        except (posix_ipc.Error, OSError, ValueError) as error:
+            raise SegmentError(f"/dev/shm/{name}: {error}") from error
         try:
             os.posix_fallocate(shm.fd, 0, segment_bytes(capacity))
             os.fchown(shm.fd, uid, gid)
         except OSError as error:
             os.close(shm.fd)
-            posix_ipc.unlink_shared_memory(f"/{name}")
-            raise SegmentError(f"/dev/shm/{name}: {error.strerror}: make room in /dev/shm") from error
+            unlink(name)
+            raise SegmentError(
+                f"/dev/shm/{name}: {error.strerror}: {segment_bytes(capacity)} bytes are needed, make room in /dev/shm"
+            ) from error
         segment = cls(name, shm.fd, owner=True)
-        header = segment.header
-        header["abi_version"] = ABI_VERSION
-        header["record_bytes"] = RECORD_BYTES
-        header["capacity"] = capacity
-        header["facility"] = facility
-        header["core"] = 0 if core is None else core
-        header["realtime_offset_ns"] = time.time_ns() - time.monotonic_ns()
-        header["level_mask"] = LEVEL_MASK_ALL
-        segment.claim()
-        segment._write_formats(formats or {})
-        header["magic"] = SEGMENT_MAGIC
+        try:
+            segment._fill_header(facility, capacity, core, overwrite)
+            for number, text in (formats or {}).items():
+                segment.register(number, text)
+            segment.claim()
+            if lock_memory:
+                segment._lock()
+        except BaseException:
+            segment.close()
+            raise
+        segment.set("magic", SEGMENT_MAGIC)
         return segment
 
     @classmethod
     def attach(cls, name: str) -> Self:
-        """Map an existing segment. Raises SegmentError when there is none, or it is not one of ours."""
+        """Map an existing segment.
+
+        Raises SegmentError when there is none, when others than its owner may write it, or it is not one of ours;
+        OtherVersionError when it has another ABI version.
+        """
         try:
             shm = posix_ipc.SharedMemory(f"/{name}")
-        except posix_ipc.Error as error:
+        except (posix_ipc.Error, OSError, ValueError) as error:
             raise SegmentError(f"/dev/shm/{name}: {error}") from error
+        mode = os.fstat(shm.fd).st_mode
+        if mode & OTHERS:
+            os.close(shm.fd)
+            raise SegmentError(f"/dev/shm/{name} has mode {mode & 0o777:04o}: segments have 0600, this is none of ours")
         segment = cls(name, shm.fd, owner=False)
-        header = segment.header
-        if header["magic"] != SEGMENT_MAGIC or header["abi_version"] != ABI_VERSION:
-            raise SegmentError(f"/dev/shm/{name} is no log segment of version {ABI_VERSION}")
-        if len(segment.bytes) < segment_bytes(int(header["capacity"])):
-            raise SegmentError(f"/dev/shm/{name} is truncated: {len(segment.bytes)} bytes")
+        if segment.get("magic") != SEGMENT_MAGIC:
+            raise SegmentError(f"/dev/shm/{name} is no log segment")
+        version = segment.get("abi_version")
+        if version != ABI_VERSION:
+            raise OtherVersionError(f"/dev/shm/{name} has log version {version}, this program reads {ABI_VERSION}")
+        capacity = segment.get("capacity")
+        if not 0 < capacity <= CAPACITY_MAX or capacity & (capacity - 1):
+            raise SegmentError(f"/dev/shm/{name} has a damaged header: capacity {capacity}")
+        if segment.size < segment_bytes(capacity):
+            raise SegmentError(f"/dev/shm/{name} is truncated: {segment.size} bytes")
+        if segment.get("facility") not in Facility.__members__.values():
+            raise SegmentError(f"/dev/shm/{name} has a damaged header: facility {segment.get('facility')}")
         return segment
 
+    def _fill_header(self, facility: Facility, capacity: int, core: int | None, overwrite: bool) -> None:
+        start_ticks = process_start_ticks(os.getpid()) or 0
+        values = {
+            "abi_version": ABI_VERSION,
+            "record_bytes": RECORD_BYTES,
+            "capacity": capacity,
+            "facility": facility,
+            "core": core or 0,
+            "creator": os.getpid(),
+            "creator_start_ticks": start_ticks,
+            "flags": FLAG_OVERWRITE if overwrite else 0,
+            "realtime_offset_ns": time.time_ns() - time.monotonic_ns(),
+            "level_mask": LEVEL_MASK_ALL,
+            "record_head": STATE_READY | facility << 16 | (core or 0) << 40,
+        }
+        for field, value in values.items():
+            self.set(field, value)
+
+    def _lock(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        view = (ctypes.c_char * self.size).from_buffer(self.memory)
+        if libc.mlock(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(self.size)):
+            raise SegmentError(
+                f"/dev/shm/{self.name}: mlock: {os.strerror(ctypes.get_errno())}: raise RLIMIT_MEMLOCK (ulimit -l)"
+            )
+
+    @property
+    def bytes(self) -> Any:
+        """The whole segment as a uint8 array, for compiled code."""
+        import numpy as np
+
+        return np.frombuffer(self.memory, np.uint8)
+
+    def get(self, field: str, index: int = 0) -> int:
+        """A field of the header."""
+        return int(HEADER.get(self.memory, field, index))
+
+    def set(self, field: str, value: int, index: int = 0) -> None:
+        """Store a field of the header."""
+        HEADER.set(self.memory, field, value, index)
+
+    # --- the writer's side --------------------------------------------------------------------------
+
     def claim(self) -> None:
-        """Name the calling process as the one that writes."""
-        self.header["owner_pid"] = os.getpid()
-        self.header["owner_start_ticks"] = process_start_ticks(os.getpid()) or 0
-        self.header["thread"] = os.getpid()
+        """Become the writer, where a former one left off; no first use of the memory will fault.
+
+        A record that a killed writer had finished but not counted is kept; one that it was writing is counted
+        as unfinished, and its place is used again.
+        """
+        self.finish_dead()
+        self.set("process", os.getpid())
+        self.set("thread", os.getpid())
+        self.set("process_start_ticks", process_start_ticks(os.getpid()) or 0)
+        try:
+            self.memory.madvise(MADV_POPULATE_WRITE)
+        except OSError:
+            for at in range(0, self.size, mmap.PAGESIZE):
+                self.memory[at] = self.memory[at]
+
+    def finish_dead(self) -> None:
+        """Put the end of a ring in order whose writer was killed. Only for its successor, or when there is none."""
+        cursor = self.get("write_cursor")
+        at = RECORDS_OFFSET + (cursor & (self.get("capacity") - 1)) * RECORD_BYTES
+        record = memoryview(self.memory)[at : at + RECORD_BYTES]
+        state = RECORD.get(record, "state")
+        if state == STATE_READY and RECORD.get(record, "sequence") == cursor:
+            self.set("write_cursor", cursor + 1)
+        elif state == STATE_WRITING:
+            RECORD.set(record, "state", 0)
+            self.set("unfinished", self.get("unfinished") + 1)
+
+    def register(self, number: int, text: str) -> None:
+        """Register a format under a number from 1 to 31. Raises ValueError for one that can't be."""
+        encoded = text.encode()
+        if not 0 < number < FORMATS_MAX:
+            raise ValueError(f"format {number}: expected a number from 1 to {FORMATS_MAX - 1}")
+        if not 0 < len(encoded) <= FORMAT_BYTES_MAX:
+            raise ValueError(f"format {number}: {len(encoded)} bytes, expected 1 to {FORMAT_BYTES_MAX}")
+        start = FORMATS_OFFSET + number * FORMAT_BYTES_MAX
+        self.memory[start : start + FORMAT_BYTES_MAX] = encoded.ljust(FORMAT_BYTES_MAX, b"\0")
+        self.set("formats_registered", self.get("formats_registered") + 1)
+
+    def limit(self, number: int, per_second: float, burst: int = 1) -> None:
+        """Let a format's records pass at most `burst` at once and `per_second` in the long run; 0 lifts the limit.
+
+        Format 0 is text. What is suppressed is counted, and told by the reader.
+        """
+        if not 0 <= number < FORMATS_MAX or per_second < 0 or burst < 1:
+            raise ValueError(f"limit of format {number}: {per_second} per second, burst {burst}")
+        interval_ns = int(1e9 / per_second) if per_second else 0
+        at = HEADER["limits"] + number * LIMIT.bytes
+        bucket = memoryview(self.memory)[at : at + LIMIT.bytes]
+        LIMIT.set(bucket, "burst_ns", interval_ns * (burst - 1))
+        LIMIT.set(bucket, "interval_ns", interval_ns)
 
     @property
     def level(self) -> Severity:
         """The least grave severity that is written."""
-        return Severity(max(int(self.header["level_mask"]).bit_length() - 1, 0))
+        return Severity(max((self.get("level_mask") & LEVEL_MASK_ALL).bit_length() - 1, 0))
 
     @level.setter
     def level(self, severity: Severity) -> None:
         """Write records as grave as `severity` or graver, from the writer's next one on."""
-        self.header["level_mask"] = (2 << severity) - 1
+        self.set("level_mask", (2 << severity) - 1)
 
-    def _write_formats(self, formats: dict[int, str]) -> None:
-        table = self.bytes[FORMATS_OFFSET : FORMATS_OFFSET + FORMATS.itemsize].reshape(FORMATS_MAX, FORMAT_BYTES_MAX)
-        for number, text in formats.items():
-            encoded = text.encode()
-            assert 0 < number < FORMATS_MAX
-            assert len(encoded) <= FORMAT_BYTES_MAX
-            table[number, : len(encoded)] = np.frombuffer(encoded, np.uint8)
+    # --- the reader's side --------------------------------------------------------------------------
 
     def format(self, number: int) -> str | None:
         """The registered format, None when there is none."""
         if not 0 < number < FORMATS_MAX:
             return None
         start = FORMATS_OFFSET + number * FORMAT_BYTES_MAX
-        text = bytes(self.bytes[start : start + FORMAT_BYTES_MAX]).rstrip(b"\0")
+        text = self.memory[start : start + FORMAT_BYTES_MAX].rstrip(b"\0")
         return text.decode("utf-8", "replace") or None
+
+    def suppressed(self, number: int) -> int:
+        """How many records of a format its limit has suppressed since the segment was made."""
+        at = HEADER["limits"] + number * LIMIT.bytes
+        return int(LIMIT.get(memoryview(self.memory)[at : at + LIMIT.bytes], "suppressed"))
+
+    def dropped(self) -> list[int]:
+        """Records refused by the full ring since it was made, by severity."""
+        return [self.get("dropped", severity) for severity in Severity]
+
+    def writer_is_running(self) -> bool:
+        """Whether the process that writes, still runs."""
+        return is_running(self.get("process"), self.get("process_start_ticks"))
+
+    def is_owned(self) -> bool:
+        """Whether the segment's writer or its creator still runs."""
+        return self.writer_is_running() or is_running(self.get("creator"), self.get("creator_start_ticks"))
+
+    # --- the end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Unlink the name if this process made it; the mapping ends with its last view."""
         if self._owner:
             self._owner = False
-            posix_ipc.unlink_shared_memory(f"/{self.name}")
+            unlink(self.name)
 
     def __enter__(self) -> Self:
         return self
@@ -162,22 +330,41 @@ class Segment:
         self.close()
 
 
-def owner_is_alive(segment: Segment) -> bool:
-    """Whether the process that claimed the segment still runs; a reused pid is told by its start time."""
-    start = process_start_ticks(int(segment.header["owner_pid"]))
-    return start is not None and start == int(segment.header["owner_start_ticks"])
+def mapped_by(name: str) -> list[int]:
+    """The processes that map a segment; those of other users are seen by root only."""
+    path = f"/dev/shm/{name}\n"
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped = any(line.endswith(path) for line in entry.open())
+        except OSError:
+            continue
+        if mapped:
+            pids.append(int(entry.parent.name))
+    return pids
+
+
+def owner_of(name: str) -> int | None:
+    """The living process that a segment belongs to, None when it is stale. Raises SegmentError for another's file."""
+    try:
+        segment = Segment.attach(name)
+    except OtherVersionError:
+        pids = mapped_by(name)
+        return pids[0] if pids else None
+    if segment.writer_is_running():
+        return segment.get("process")
+    return segment.get("creator") if segment.is_owned() else None
 
 
 def remove_stale(name: str) -> bool:
-    """Remove a segment whose owner is gone; True when there was one."""
+    """Remove a segment whose owner is gone; True when there was one. Raises SegmentError when it lives."""
     try:
-        segment = Segment.attach(name)
+        pid = owner_of(name)
     except SegmentError:
         return False
-    if owner_is_alive(segment):
+    if pid is not None:
         raise SegmentError(
-            f"/dev/shm/{name} belongs to process {int(segment.header['owner_pid'])}, which is running: "
-            "stop it, or choose another --instance"
+            f"/dev/shm/{name} belongs to process {pid}, which is running: stop it, or choose another --instance"
         )
-    posix_ipc.unlink_shared_memory(f"/{name}")
+    unlink(name)
     return True

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
+from logging_shm.sinks.selection import Selection, SinkError
+from logging_shm.sinks.url import Described
 from relay.errors import ConfigError, RuleError
 from relay.rules import Output, Rule, named, parse_output, validate
 
@@ -42,6 +44,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     idle: IdleMode = "adaptive"
     log_level: Level = "info"
     log_format: Literal["text", "json"] = "text"
+    log_timestamps: bool = False
+    log_fields: bool = False  # core, pid, tid, sequence number and pairs behind each line of text
+    log_to: tuple[str, ...] = ()  # URLs of sinks; none: stdout
     stats_interval_s: Annotated[int, Meta(ge=0)] = 10  # 0: no stats lines
 
 
@@ -187,7 +192,17 @@ def merge(file_options: dict[str, Any], command_line: dict[str, Any]) -> Options
         raise ConfigError("no interface: give --interface, or `interfaces` in the configuration")
     if options.instance in RESERVED_INSTANCES:
         raise ConfigError(f"instance {options.instance!r} is a reserved name: choose another")
+    sinks(options)
     return options
+
+
+def sinks(options: Options) -> list[Described]:
+    """The log's sinks that the options ask for. Raises ConfigError."""
+    defaults = Selection(timestamps=options.log_timestamps, fields=options.log_fields)
+    try:
+        return [Described(url, defaults, options.log_format) for url in options.log_to or ("stdout:",)]
+    except SinkError as error:
+        raise ConfigError(str(error)) from None
 
 
 def socket_path(options_socket: str | None, instance: str | None) -> Path:

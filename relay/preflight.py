@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from relay.config import Options, parse_cores
+from logging_shm.sinks.selection import SinkError
+from relay.config import Options, parse_cores, sinks
 from relay.errors import PreflightError
 from relay.supervisor.interfaces import snapshot
 
@@ -64,6 +65,15 @@ def check_interfaces(names: Sequence[str]) -> None:
             raise PreflightError(f"no interface {name}: this host has {', '.join(sorted(existing))}")
 
 
+def check_sinks(options: Options) -> None:
+    """Raises PreflightError for a log file that can't be written."""
+    for sink in sinks(options):
+        try:
+            sink.check()
+        except SinkError as error:
+            raise PreflightError(str(error)) from None
+
+
 def check(options: Options) -> tuple[int, ...]:
     """Check everything; return the cores of the workers. Raises PreflightError."""
     disabled = int(IO_URING_DISABLED.read_text()) if IO_URING_DISABLED.exists() else 0
@@ -72,4 +82,5 @@ def check(options: Options) -> tuple[int, ...]:
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     check_capabilities(int(effective[1], 16) if effective else 0)
     check_interfaces(options.interfaces)
+    check_sinks(options)
     return choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))

@@ -76,6 +76,7 @@ def compile_ahead() -> bool:
     wanted = fingerprint(*sources)
     if stamp.exists() and stamp.read_text() == wanted:
         return False
+    run(str(PYTHON), "-m", "logging_shm.precompile")
     run(str(PYTHON), "-m", "relay.dataplane.precompile")
     run(str(PYTHON), "-m", "tools.precompile")
     run(str(PYTHON), "-m", "compileall", "-q", "relay", "logging_shm", "tools")

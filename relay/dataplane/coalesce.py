@@ -10,7 +10,7 @@ from typing import Any
 from numba import njit
 
 from logging_shm.atomics import int64
-from logging_shm.compiled import write_event
+from logging_shm.compiled import write_event_about
 from relay.dataplane import events
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,
@@ -157,7 +157,7 @@ def log_first_packets(m: Any, t: Any, entry_index: int, datagram: Any) -> None:
         if m.rule_stats[rule].last_ns == 0:
             m.rule_stats[rule].last_ns = m.state[0].now_ns
             name = t.rule_names[rule]
-            write_event(
-                m.log_ingress, SEVERITY_INFO, events.FIRST_PACKET, 0,
-                int64(datagram.src), int64(datagram.sport), 0, 0, 0, 0, name.name, int64(name.length),
+            write_event_about(
+                m.log_ingress, SEVERITY_INFO, events.FIRST_PACKET, 0, (datagram.src, datagram.sport),
+                events.KEY_RULE, name.name, name.length,
             )  # fmt: skip

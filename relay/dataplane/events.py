@@ -5,6 +5,7 @@ Written by the compiled loop with typed arguments, rendered by whoever reads the
 
 from typing import Final
 
+from logging_shm.layout import pair_key
 from relay.dataplane.layout import DropCause
 
 FIRST_PACKET: Final = 1
@@ -14,6 +15,7 @@ RECEIVED: Final = 5
 RING_FILL_ABOVE: Final = 6
 RING_FILL_BELOW: Final = 7
 DROPS_BY_CAUSE_FIRST: Final = 16  # plus the DropCause
+KEY_RULE: Final = pair_key("rule")
 
 FORMATS: Final[dict[int, str]] = {
     FIRST_PACKET: "First packet of rule {rule} from {0:ip}:{1:port}",

@@ -100,10 +100,8 @@ def relay_frame(m: Any, t: Any, ring_index: int, slot: int) -> None:
     stats.bytes_matched += datagram.payload_bytes
     if m.state[0].trace:
         write_event(
-            m.log_ingress, SEVERITY_DEBUG, events.RECEIVED, 0,
-            int64(datagram.src), int64(datagram.sport), int64(datagram.dst),
-            int64(datagram.dport), int64(datagram.datagrams), int64(datagram.payload_bytes),
-            t.rule_names[0].name, 0,
+            m.log_ingress, SEVERITY_DEBUG, events.RECEIVED, m.state[0].now_ns,
+            (datagram.src, datagram.sport, datagram.dst, datagram.dport, datagram.datagrams, datagram.payload_bytes),
         )  # fmt: skip
     log_first_packets(m, t, entry, datagram)
     add(m, t, entry, datagram)
@@ -155,16 +153,11 @@ def watch_fill(m: Any, ring_index: int) -> None:
             reached = level
     m.stats[0].ring_fill_max[ring_index] = max(m.stats[0].ring_fill_max[ring_index], reached)
     if reached > ring.fill_level:
-        write_event(
-            m.log_bufferpool, SEVERITY_WARNING, events.RING_FILL_ABOVE, 0, ring_index, reached, 0, 0, 0, 0,
-            m.log_bufferpool, 0,
-        )  # fmt: skip
+        write_event(m.log_bufferpool, SEVERITY_WARNING, events.RING_FILL_ABOVE, 0, (ring_index, reached))
         ring.fill_level = reached
     elif reached == 0 and ring.fill_level:
-        write_event(
-            m.log_bufferpool, SEVERITY_NOTICE, events.RING_FILL_BELOW, 0, ring_index, FILL_LEVELS_PERCENT[0],
-            0, 0, 0, 0, m.log_bufferpool, 0,
-        )  # fmt: skip
+        lowest = FILL_LEVELS_PERCENT[0]
+        write_event(m.log_bufferpool, SEVERITY_NOTICE, events.RING_FILL_BELOW, 0, (ring_index, lowest))
         ring.fill_level = 0
 
 
@@ -176,10 +169,8 @@ def report_drops(m: Any) -> None:
         if total == m.reported[cause] or cause == NO_MATCH:
             continue
         log = m.log_egress if cause in (TTL, EGRESS_FULL, SEND_ERROR) else m.log_ingress
-        write_event(
-            log, SEVERITY_WARNING, events.DROPS_BY_CAUSE_FIRST + cause, 0, total - m.reported[cause], total,
-            0, 0, 0, 0, log, 0,
-        )  # fmt: skip
+        event = events.DROPS_BY_CAUSE_FIRST + cause
+        write_event(log, SEVERITY_WARNING, event, 0, (total - m.reported[cause], total))
         m.reported[cause] = total
 
 

@@ -190,19 +190,14 @@ def reap_one(m: Any, t: Any, index: int, result: int) -> None:
             m.gso_state[socket] = GSO_WORKS
         count_sent(m, slot.output, slot.datagrams, result)
         if state.trace:
-            write_event(
-                m.log_egress, SEVERITY_DEBUG, events.SENT, 0, slot.output, slot.datagrams, result, 0, 0, 0,
-                t.rule_names[0].name, 0,
-            )  # fmt: skip
+            written = (slot.output, slot.datagrams, result)
+            write_event(m.log_egress, SEVERITY_DEBUG, events.SENT, state.now_ns, written)
         return
     error = -result
     if slot.gso and error in (EIO, EINVAL, EMSGSIZE, EOPNOTSUPP):
         if m.gso_state[socket] != GSO_REFUSED:
             m.gso_state[socket] = GSO_REFUSED
-            write_event(
-                m.log_egress, SEVERITY_WARNING, events.GSO_REFUSED, 0, error, slot.output, slot.gso, 0, 0, 0,
-                t.rule_names[0].name, 0,
-            )  # fmt: skip
+            write_event(m.log_egress, SEVERITY_WARNING, events.GSO_REFUSED, 0, (error, slot.output, slot.gso))
         m.retry[state.retries, 0] = slot.output
         m.retry[state.retries, 1] = slot.batch
         state.retries += 1

@@ -14,13 +14,12 @@ import resource
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from logging_shm import Drain, Facility, SharedSPSCRingBuffer, SupervisorLogging
+from logging_shm import Facility, SharedSPSCRingBuffer, SupervisorLogging
 from logging_shm.facility import segment_name
 from relay import config
 from relay.config import Options
@@ -45,6 +44,7 @@ from relay.supervisor.fleet import Fleet
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.link import ControlPlaneLink
 from relay.supervisor.listener import listening
+from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
 from relay.supervisor.sampling import Sampler
 from relay.supervisor.timers import Timers
@@ -106,13 +106,13 @@ class Supervisor:
         self._log_rings = [logging.rings[Facility.Supervisor], control_plane]
         self._log_rings += [ring for worker in self._fleet.workers for ring in worker.logs.rings.values()]
         levels.set_level(self._log_rings, options.log_level)
-        drain = Drain(sys.stdout, as_json=options.log_format == "json")
-        drain.add(self._log_rings)
-        drain.start()
-        self._stack.callback(drain.stop)
+        self._log_drain = LogDrain(config.sinks(options), self._log_rings, stale, self._log)
+        self._log_drain.start()
+        self._stack.callback(self._log_drain.stop)
         self._log.info("Starting MCR supervisor")
-        if stale:
-            self._log.notice(f"Removed {len(stale)} segments of a killed supervisor: {', '.join(stale)}")
+        if stale.names:
+            rescued = stale.unread()
+            self._log.notice(f"Removed {len(stale.names)} segments of a killed supervisor, {rescued} records rescued")
 
     def _open_sockets(self) -> None:
         """Open the control socket, what wakes the loop, and the rings, which fill from now on."""
@@ -170,7 +170,8 @@ class Supervisor:
                 self._reconfigure()
 
     def _reconfigure(self) -> None:
-        """Read the configuration again and let the control plane install its rules."""
+        """Read the configuration again and let the control plane install its rules; open log files anew."""
+        self._log_drain.reopen()
         try:
             options, rules = self._reload()
         except RelayError as error:

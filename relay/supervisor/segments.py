@@ -1,23 +1,33 @@
-"""What a former supervisor left behind when it was killed: found at start, removed, and told.
+"""What a former supervisor left behind when it was killed: found at start, unread records rescued, names removed.
 
 The segments of one instance are known by their names alone; a living owner makes them untouchable.
 """
 
+import contextlib
 import re
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import posix_ipc
-
-from logging_shm import Facility
+from logging_shm import Facility, SegmentError, SharedSPSCRingBuffer
 from logging_shm.facility import segment_name
-from logging_shm.segment import Segment, SegmentError, owner_is_alive
+from logging_shm.segment import SHM_DIRECTORY, owner_of, unlink
 from relay.errors import PreflightError
 
-SHM_DIRECTORY = Path("/dev/shm")
 OF_AN_INSTANCE = r"(supervisor|controlplane|dp_c\d+_(dataplane|ingress|egress|bufferpool|stats))"
 ORPHANS_END_S = 3.0  # workers of a killed supervisor drain their rings and end
 ORPHANS_POLL_S = 0.02
+
+
+@dataclass
+class Stale:
+    """What was left: the names that are removed, and the log rings behind them, still mapped, to be read out."""
+
+    names: list[str] = field(default_factory=list)
+    rings: list[SharedSPSCRingBuffer] = field(default_factory=list)
+
+    def unread(self) -> int:
+        """Records that nobody has read yet."""
+        return sum(ring.unread() for ring in self.rings)
 
 
 def names_of(instance: str | None) -> list[str]:
@@ -29,14 +39,13 @@ def names_of(instance: str | None) -> list[str]:
 def _owner(name: str) -> int | None:
     """The pid of the living process that owns a segment, None when there is none."""
     try:
-        segment = Segment.attach(name)
+        return owner_of(name)
     except SegmentError:
         return None
-    return int(segment.header["owner_pid"]) if owner_is_alive(segment) else None
 
 
-def remove_stale(instance: str | None) -> list[str]:
-    """Remove the segments that a killed supervisor of this instance left; return their names.
+def remove_stale(instance: str | None) -> Stale:
+    """Remove the segments that a killed supervisor of this instance left.
 
     Raises PreflightError that names the process when one still uses them.
     """
@@ -47,7 +56,12 @@ def remove_stale(instance: str | None) -> list[str]:
             if name == supervisor or time.monotonic() > deadline_s:
                 raise PreflightError(f"process {pid} uses /dev/shm/{name}: stop it, or choose another --instance")
             time.sleep(ORPHANS_POLL_S)
-    names = names_of(instance)
-    for name in names:
-        posix_ipc.unlink_shared_memory(f"/{name}")
-    return names
+    stale = Stale()
+    for name in names_of(instance):
+        with contextlib.suppress(SegmentError):
+            ring = SharedSPSCRingBuffer.attach(name)
+            ring.segment.finish_dead()
+            stale.rings.append(ring)
+        unlink(name)
+        stale.names.append(name)
+    return stale

@@ -1,0 +1,275 @@
+"""Appending: numbers, times, names and untrusted text to a buffer of bytes, in compiled code.
+
+Every function takes the buffer (u1[…]) and a place in it, and returns the place behind what it wrote. None checks for
+room: the caller leaves LINE_BYTES_MAX for a line, more than one can need.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from logging_shm.atomics import int64, load_u8
+from logging_shm.render import UNICODE_SHOWN, is_shown
+
+# How a value is quoted, and what that makes of bytes that mean something there.
+PLAIN, JSON, STRUCTURED_DATA = range(3)
+
+MIN_I64 = np.iinfo(np.int64).min
+DAYS_PER_400_YEARS = 146_097
+DAYS_0000_TO_1970 = 719_468
+gcvt: Any = types.ExternalFunction("gcvt", types.intp(types.float64, types.int32, types.intp))
+
+
+def constant(text: str) -> Any:
+    """Text as an array that compiled code takes as a constant."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def constants(names: Iterable[str]) -> Any:
+    """u1[n, 16]: short names, each behind its length."""
+    rows = [name.encode() for name in names]
+    table = np.zeros((len(rows), 16), np.uint8)
+    for row, name in zip(table, rows, strict=True):
+        row[: 1 + len(name)] = (len(name), *name)
+    return table
+
+
+DIGITS = constant("0123456789abcdef")
+MIN_I64_DIGITS = constant("9223372036854775808")
+NANOSECONDS = constant(" ns")
+MICROSECONDS = constant(" µs")
+MILLISECONDS = constant(" ms")
+SECONDS = constant(" s")
+NAN = constant("nan")
+
+
+def printable_table() -> Any:
+    """u1[UNICODE_SHOWN]: which characters may stand in a line as they are."""
+    return np.fromiter((is_shown(chr(code)) for code in range(UNICODE_SHOWN)), np.uint8, UNICODE_SHOWN)
+
+
+@njit(cache=True, nogil=True)
+def put(out: Any, at: int, text: Any) -> int:
+    """Append an array of bytes; return the place behind it, as all that follow."""
+    for i in range(len(text)):
+        out[at + i] = text[i]
+    return at + len(text)
+
+
+@njit(cache=True, nogil=True)
+def put_name(out: Any, at: int, row: Any) -> int:
+    """Append a row of SEVERITY_NAMES or FACILITY_NAMES."""
+    for i in range(row[0]):
+        out[at + i] = row[1 + i]
+    return at + row[0]
+
+
+@njit(cache=True, nogil=True)
+def put_number(out: Any, at: int, value: int) -> int:
+    """Append a signed number in decimal."""
+    value = int64(value)
+    if value < 0:
+        out[at] = 45
+        at += 1
+        if value == MIN_I64:
+            return put(out, at, MIN_I64_DIGITS)
+        value = -value
+    digits = 1
+    rest = value
+    while rest >= 10:
+        rest //= 10
+        digits += 1
+    return put_digits(out, at, value, digits)
+
+
+@njit(cache=True, nogil=True)
+def put_digits(out: Any, at: int, value: int, digits: int) -> int:
+    """Append the last `digits` decimal digits of a number that is not negative."""
+    for i in range(digits):
+        out[at + digits - 1 - i] = 48 + value % 10
+        value //= 10
+    return at + digits
+
+
+@njit(cache=True, nogil=True)
+def put_hex(out: Any, at: int, value: int, digits: int) -> int:
+    """Append the low `digits` hexadecimal digits."""
+    for i in range(digits):
+        out[at + i] = DIGITS[(value >> (4 * (digits - 1 - i))) & 15]
+    return at + digits
+
+
+@njit(cache=True, nogil=True)
+def put_escape(out: Any, at: int, quoting: int, letter: int) -> int:
+    """Append a backslash, doubled where the quoting needs that, and a letter."""
+    out[at] = 92
+    at += 1
+    if quoting != PLAIN:
+        out[at] = 92
+        at += 1
+    out[at] = letter
+    return at + 1
+
+
+@njit(cache=True, nogil=True)
+def put_escaped_code(out: Any, at: int, quoting: int, code: int) -> int:
+    r"""Append a character as Python's unicode_escape has it: \n, \x1b, \u202e."""
+    if code == 10:
+        return put_escape(out, at, quoting, 110)
+    if code == 13:
+        return put_escape(out, at, quoting, 114)
+    if code == 9:
+        return put_escape(out, at, quoting, 116)
+    if code < 0x100:
+        return put_hex(out, put_escape(out, at, quoting, 120), code, 2)
+    if code < 0x10000:
+        return put_hex(out, put_escape(out, at, quoting, 117), code, 4)
+    return put_hex(out, put_escape(out, at, quoting, 85), code, 8)
+
+
+@njit(cache=True, nogil=True)
+def decode(address: int, left: int) -> Any:
+    """The character that begins at an address, and its bytes; 0 bytes when it is no UTF-8 (RFC 3629)."""
+    lead = int64(load_u8(address))
+    if lead < 0xC2 or lead > 0xF4:
+        return 0, 0
+    size = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    if size > left:
+        return 0, 0
+    code = lead & (0x7F >> size)
+    for i in range(1, size):
+        following = int64(load_u8(address + i))
+        if following & 0xC0 != 0x80:
+            return 0, 0
+        code = code << 6 | following & 0x3F
+    if size == 3 and (code < 0x800 or 0xD800 <= code < 0xE000):
+        return 0, 0
+    if size == 4 and (code < 0x10000 or code > 0x10FFFF):
+        return 0, 0
+    return code, size
+
+
+@njit(cache=True, nogil=True)
+def put_printable(out: Any, at: int, address: int, length: int, quoting: int, printable: Any) -> int:
+    """Append bytes of a segment: what is printable as it is, the rest escaped."""
+    i = 0
+    while i < length:
+        byte = int64(load_u8(address + i))
+        if byte < 0x80:
+            if not 32 <= byte < 127:
+                at = put_escaped_code(out, at, quoting, byte)
+            else:
+                if quoting != PLAIN and (byte in (34, 92) or (byte == 93 and quoting == STRUCTURED_DATA)):
+                    out[at] = 92
+                    at += 1
+                out[at] = byte
+                at += 1
+            i += 1
+            continue
+        code, size = decode(address + i, length - i)
+        if size == 0:
+            at = put_escaped_code(out, at, quoting, byte)
+            i += 1
+            continue
+        if code < len(printable) and printable[code]:
+            for k in range(size):
+                out[at + k] = load_u8(address + i + k)
+            at += size
+        else:
+            at = put_escaped_code(out, at, quoting, code)
+        i += size
+    return at
+
+
+@njit(cache=True, nogil=True)
+def put_address(out: Any, at: int, value: int) -> int:
+    """Append an IPv4 address given as a number."""
+    for shift in (24, 16, 8, 0):
+        at = put_number(out, at, (value >> shift) & 0xFF)
+        if shift:
+            out[at] = 46
+            at += 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def put_duration(out: Any, at: int, value_ns: int) -> int:
+    """Append nanoseconds in the greatest unit that they fill."""
+    if -1000 < value_ns < 1000:
+        return put(out, put_number(out, at, value_ns), NANOSECONDS)
+    if value_ns < 0:
+        out[at] = 45
+        at += 1
+        # The least number has no positive twin; its microseconds have.
+        value_us = -(value_ns // 1000) - (1 if value_ns % 1000 else 0)
+        rest_ns = (1000 - value_ns % 1000) % 1000
+    else:
+        value_us = value_ns // 1000
+        rest_ns = value_ns % 1000
+    if value_us < 1000:
+        return put(out, put_decimals(out, at, value_us, rest_ns), MICROSECONDS)
+    if value_us < 1_000_000:
+        return put(out, put_decimals(out, at, value_us // 1000, value_us % 1000), MILLISECONDS)
+    return put(out, put_decimals(out, at, value_us // 1_000_000, value_us % 1_000_000 // 1000), SECONDS)
+
+
+@njit(cache=True, nogil=True)
+def put_decimals(out: Any, at: int, whole: int, thousandths: int) -> int:
+    """Append a number with three decimals."""
+    at = put_number(out, at, whole)
+    out[at] = 46
+    return put_digits(out, at + 1, thousandths, 3)
+
+
+@njit(cache=True, nogil=True)
+def put_real(out: Any, at: int, value: float) -> int:
+    """Append a float as printf's %g does."""
+    if math.isnan(value):
+        return put(out, at, NAN)
+    gcvt(value, 6, out.ctypes.data + at)
+    for _ in range(32):
+        if out[at] == 0:
+            break
+        at += 1
+    return at
+
+
+@njit(cache=True, nogil=True)
+def put_time(out: Any, at: int, wall_ns: int) -> int:
+    """Append a time as RFC 3339 has it, in UTC with microseconds. The calendar is Howard Hinnant's days algorithm."""
+    seconds = wall_ns // 1_000_000_000
+    days = seconds // 86_400
+    second = seconds % 86_400
+    days += DAYS_0000_TO_1970
+    era = days // DAYS_PER_400_YEARS
+    day_of_era = days % DAYS_PER_400_YEARS
+    year_of_era = (day_of_era - day_of_era // 1460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
+    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    shifted_month = (5 * day_of_year + 2) // 153  # 0 is March
+    day = day_of_year - (153 * shifted_month + 2) // 5 + 1
+    month = shifted_month + 3 if shifted_month < 10 else shifted_month - 9
+    year = year_of_era + era * 400 + (1 if month <= 2 else 0)
+    at = put_digits(out, at, year % 10_000, 4)
+    out[at] = 45
+    at = put_digits(out, at + 1, month, 2)
+    out[at] = 45
+    at = put_digits(out, at + 1, day, 2)
+    out[at] = 84
+    at = put_digits(out, at + 1, second // 3600, 2)
+    out[at] = 58
+    at = put_digits(out, at + 1, second // 60 % 60, 2)
+    out[at] = 58
+    at = put_digits(out, at + 1, second % 60, 2)
+    out[at] = 46
+    at = put_digits(out, at + 1, wall_ns % 1_000_000_000 // 1000, 6)
+    out[at] = 90
+    return at + 1
+
+
+@njit(cache=True, nogil=True)
+def put_field(out: Any, at: int, name: Any, value: int, behind: Any) -> int:
+    """Append a name, a number and what follows it."""
+    return put(out, put_number(out, put(out, at, name), value), behind)

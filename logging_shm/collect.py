@@ -1,0 +1,175 @@
+"""Collecting: records of many rings into one batch, merged by time, in compiled code that releases the GIL.
+
+The reader's side of compiled.py. It trusts nothing: cursors, states and lengths are checked, and each record is
+copied before it is looked at, then looked at again for whether the writer came by meanwhile.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from logging_shm.atomics import (
+    copy_bytes,
+    fence_acquire,
+    int64,
+    load_acquire_i64,
+    load_acquire_u8,
+    load_i64,
+    load_u8,
+    store_release_i64,
+    store_u8,
+)
+from logging_shm.layout import (
+    CACHE_LINE_BYTES,
+    HEADER,
+    MESSAGE_BYTES_MAX,
+    PAIRS_MAX,
+    RECORD,
+    RECORD_BYTES,
+    RECORDS_OFFSET,
+    STATE_READY,
+)
+
+# One ring as its reader knows it: nothing here is read from the segment again.
+SOURCE = np.dtype(
+    [
+        ("base", "<i8"),  # address of the segment
+        ("capacity", "<i8"),
+        ("cursor", "<i8"),  # the next record to read
+        ("end", "<i8"),  # behind the last that this pass may read
+        ("head_ns", "<i8"),  # timestamp of the next
+        ("facility", "<i8"),
+        ("overwrite", "<i8"),
+        ("consume", "<i8"),  # tell the writer what was read
+        ("missed", "<i8"),  # overwritten before they were read
+        ("damaged", "<i8"),  # neither whole nor overwritten: the writer went wrong
+    ]
+)
+NEVER_NS = np.iinfo(np.int64).max
+
+WRITE_CURSOR = HEADER["write_cursor"]
+READ_CURSOR = HEADER["read_cursor"]
+SEVERITY = RECORD["severity"]
+FACILITY = RECORD["facility"]
+MESSAGE_LENGTH = RECORD["message_length"]
+PAIR_COUNT = RECORD["pair_count"]
+TIMESTAMP = RECORD["timestamp_ns"]
+SEQUENCE = RECORD["sequence"]
+PAIRS = RECORD["pairs"]
+SEVERITY_MAX = 7
+MESSAGE_IN_FIRST_LINE = CACHE_LINE_BYTES - RECORD["message"]
+
+
+@njit(cache=True, nogil=True)
+def record_address(source: Any, number: int) -> int:
+    """Where record `number` of a ring lies."""
+    return source.base + RECORDS_OFFSET + (number & (source.capacity - 1)) * RECORD_BYTES
+
+
+@njit(cache=True, nogil=True)
+def look(source: Any) -> None:
+    """Find out how far this pass may read, and put a cursor right that lies outside the ring."""
+    written = int64(load_acquire_i64(source.base + WRITE_CURSOR))
+    behind = written - source.cursor
+    if behind < 0 or written < 0:
+        source.damaged += 1
+        source.cursor = written
+    elif behind > source.capacity:
+        if source.overwrite or not source.consume:
+            source.missed += behind - source.capacity
+        else:
+            source.damaged += 1
+        source.cursor = written - source.capacity
+    source.end = written
+
+
+@njit(cache=True, nogil=True)
+def peek(source: Any, newest_ns: int, delay_ns: int) -> None:
+    """Note the timestamp of the next record; NEVER_NS when there is none, or it is too young to be merged yet."""
+    source.head_ns = NEVER_NS
+    if source.cursor < source.end:
+        head_ns = load_i64(record_address(source, source.cursor) + TIMESTAMP)
+        # A timestamp far in the future is nonsense: it must not hold its ring up.
+        if not newest_ns < head_ns <= newest_ns + delay_ns:
+            source.head_ns = min(head_ns, NEVER_NS - 1)
+
+
+@njit(cache=True, nogil=True)
+def take(source: Any, target: int) -> bool:
+    """Copy the next record to the address `target` and step on; False when it was not whole."""
+    number = source.cursor
+    source.cursor = number + 1
+    record = record_address(source, number)
+    if load_acquire_u8(record) != STATE_READY or load_i64(record + SEQUENCE) != number:
+        return not_whole(source, number)
+    copy_bytes(target, record, CACHE_LINE_BYTES)
+    length = min(int64(load_u8(target + MESSAGE_LENGTH)), MESSAGE_BYTES_MAX)
+    pair_count = min(int64(load_u8(target + PAIR_COUNT)), PAIRS_MAX)
+    if length > MESSAGE_IN_FIRST_LINE:
+        copy_bytes(target + CACHE_LINE_BYTES, record + CACHE_LINE_BYTES, PAIRS - CACHE_LINE_BYTES)
+    if pair_count:
+        copy_bytes(target + PAIRS, record + PAIRS, RECORD_BYTES - PAIRS)
+    fence_acquire()
+    if load_u8(record) != STATE_READY or load_i64(record + SEQUENCE) != number:
+        return not_whole(source, number)
+    store_u8(target + SEVERITY, load_u8(target + SEVERITY) & SEVERITY_MAX)
+    store_u8(target + FACILITY, source.facility)
+    store_u8(target + MESSAGE_LENGTH, length)
+    store_u8(target + PAIR_COUNT, pair_count)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def not_whole(source: Any, number: int) -> bool:
+    """Count a record that was overwritten under the reader's eyes, or never was one. Returns False."""
+    if int64(load_acquire_i64(source.base + WRITE_CURSOR)) - number >= source.capacity:
+        source.missed += 1
+    else:
+        source.damaged += 1
+    return False
+
+
+@njit(cache=True, nogil=True)
+def collect(sources: Any, records: Any, origins: Any, newest_ns: int, delay_ns: int) -> int:
+    """Fill a batch with the oldest records of all rings, in timestamp order; return their number.
+
+    `sources`: SOURCE[n]. `records`: u1[m, 256]. `origins`: i4[m], the index of each record's ring. Records up to
+    `delay_ns` younger than `newest_ns` stay, so that a slower writer's older ones come first.
+    """
+    for index in range(len(sources)):
+        look(sources[index])
+        peek(sources[index], newest_ns, delay_ns)
+    count = 0
+    room = len(records)
+    target = records.ctypes.data
+    while count < room:
+        first, second_ns = choose(sources)
+        source = sources[first]
+        if source.head_ns == NEVER_NS:
+            break
+        while source.head_ns <= second_ns and source.head_ns != NEVER_NS and count < room:
+            if take(source, target + count * RECORD_BYTES):
+                origins[count] = first
+                count += 1
+            peek(source, newest_ns, delay_ns)
+    for index in range(len(sources)):
+        source = sources[index]
+        if source.consume:
+            store_release_i64(source.base + READ_CURSOR, source.cursor)
+    return count
+
+
+@njit(cache=True, nogil=True)
+def choose(sources: Any) -> Any:
+    """The index of the ring with the oldest next record, and the timestamp up to which it stays the oldest."""
+    first = 0
+    second_ns = NEVER_NS
+    for index in range(1, len(sources)):
+        head_ns = sources[index].head_ns
+        if head_ns < sources[first].head_ns:
+            second_ns = sources[first].head_ns
+            first = index
+        elif head_ns < second_ns:
+            second_ns = head_ns
+    return first, second_ns
