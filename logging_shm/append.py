@@ -1,7 +1,7 @@
 """Appending: numbers, times, names and untrusted text to a buffer of bytes, in compiled code.
 
-Every function takes the buffer (u1[…]) and a place in it, and returns the place behind what it wrote. None checks for
-room: the caller leaves LINE_BYTES_MAX for a line, more than one can need.
+Every function takes the address to write at and returns that behind what it wrote. None checks for room: the caller
+leaves LINE_BYTES_MAX for a line, more than one can need, and the few bytes by which copies of whole words overshoot.
 """
 
 import math
@@ -11,33 +11,31 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from logging_shm.atomics import int64, load_u8
+from logging_shm.atomics import int64, load_u8, store_i64, store_u8
 from logging_shm.render import UNICODE_SHOWN, is_shown
 
 # How a value is quoted, and what that makes of bytes that mean something there.
 PLAIN, JSON, STRUCTURED_DATA = range(3)
 
+WORD_BYTES = 8
 MIN_I64 = np.iinfo(np.int64).min
 DAYS_PER_400_YEARS = 146_097
 DAYS_0000_TO_1970 = 719_468
 gcvt: Any = types.ExternalFunction("gcvt", types.intp(types.float64, types.int32, types.intp))
 
 
-def constant(text: str) -> Any:
-    """Text as an array that compiled code takes as a constant."""
-    return np.frombuffer(text.encode(), np.uint8)
+def constant(text: str, words: int = 0) -> Any:
+    """i8[…]: the length of a text, then its bytes in whole words, at least `words`: as `put` wants it."""
+    encoded = text.encode()
+    padded = encoded.ljust(max(-(-len(encoded) // WORD_BYTES), words) * WORD_BYTES, b"\0")
+    return np.array([len(encoded), *np.frombuffer(padded, np.int64)])
 
 
 def constants(names: Iterable[str]) -> Any:
-    """u1[n, 16]: short names, each behind its length."""
-    rows = [name.encode() for name in names]
-    table = np.zeros((len(rows), 16), np.uint8)
-    for row, name in zip(table, rows, strict=True):
-        row[: 1 + len(name)] = (len(name), *name)
-    return table
+    """i8[n, 3]: names of at most 16 bytes, each as `constant` has it."""
+    return np.array([constant(name, 2) for name in names])
 
 
-DIGITS = constant("0123456789abcdef")
 MIN_I64_DIGITS = constant("9223372036854775808")
 NANOSECONDS = constant(" ns")
 MICROSECONDS = constant(" µs")
@@ -52,82 +50,75 @@ def printable_table() -> Any:
 
 
 @njit(cache=True, nogil=True)
-def put(out: Any, at: int, text: Any) -> int:
-    """Append an array of bytes; return the place behind it, as all that follow."""
-    for i in range(len(text)):
-        out[at + i] = text[i]
-    return at + len(text)
+def put(at: int, text: Any) -> int:
+    """Append a constant; return the address behind it, as all that follow."""
+    for word in range(1, len(text)):
+        store_i64(at + WORD_BYTES * (word - 1), text[word])
+    return at + text[0]
 
 
 @njit(cache=True, nogil=True)
-def put_name(out: Any, at: int, row: Any) -> int:
-    """Append a row of SEVERITY_NAMES or FACILITY_NAMES."""
-    for i in range(row[0]):
-        out[at + i] = row[1 + i]
-    return at + row[0]
-
-
-@njit(cache=True, nogil=True)
-def put_number(out: Any, at: int, value: int) -> int:
+def put_number(at: int, value: int) -> int:
     """Append a signed number in decimal."""
     value = int64(value)
     if value < 0:
-        out[at] = 45
+        store_u8(at, 45)
         at += 1
         if value == MIN_I64:
-            return put(out, at, MIN_I64_DIGITS)
+            return put(at, MIN_I64_DIGITS)
         value = -value
     digits = 1
     rest = value
     while rest >= 10:
         rest //= 10
         digits += 1
-    return put_digits(out, at, value, digits)
+    return put_digits(at, value, digits)
 
 
 @njit(cache=True, nogil=True)
-def put_digits(out: Any, at: int, value: int, digits: int) -> int:
+def put_digits(at: int, value: int, digits: int) -> int:
     """Append the last `digits` decimal digits of a number that is not negative."""
     for i in range(digits):
-        out[at + digits - 1 - i] = 48 + value % 10
+        store_u8(at + digits - 1 - i, 48 + value % 10)
         value //= 10
     return at + digits
 
 
 @njit(cache=True, nogil=True)
-def put_hex(out: Any, at: int, value: int, digits: int) -> int:
+def put_hex(at: int, value: int, digits: int) -> int:
     """Append the low `digits` hexadecimal digits."""
     for i in range(digits):
-        out[at + i] = DIGITS[(value >> (4 * (digits - 1 - i))) & 15]
+        nibble = (value >> (4 * (digits - 1 - i))) & 15
+        store_u8(at + i, nibble + (48 if nibble < 10 else 87))
     return at + digits
 
 
 @njit(cache=True, nogil=True)
-def put_escape(out: Any, at: int, quoting: int, letter: int) -> int:
+def put_escape(at: int, quoting: int, letter: int) -> int:
     """Append a backslash, doubled where the quoting needs that, and a letter."""
-    out[at] = 92
+    store_u8(at, 92)
     at += 1
     if quoting != PLAIN:
-        out[at] = 92
+        store_u8(at, 92)
         at += 1
-    out[at] = letter
+    store_u8(at, letter)
     return at + 1
 
 
 @njit(cache=True, nogil=True)
-def put_escaped_code(out: Any, at: int, quoting: int, code: int) -> int:
+def put_escaped_code(at: int, quoting: int, code: int) -> int:
     r"""Append a character as Python's unicode_escape has it: \n, \x1b, \u202e."""
     if code == 10:
-        return put_escape(out, at, quoting, 110)
+        return put_escape(at, quoting, 110)
     if code == 13:
-        return put_escape(out, at, quoting, 114)
+        return put_escape(at, quoting, 114)
     if code == 9:
-        return put_escape(out, at, quoting, 116)
+        return put_escape(at, quoting, 116)
     if code < 0x100:
-        return put_hex(out, put_escape(out, at, quoting, 120), code, 2)
+        return put_hex(put_escape(at, quoting, 120), code, 2)
     if code < 0x10000:
-        return put_hex(out, put_escape(out, at, quoting, 117), code, 4)
-    return put_hex(out, put_escape(out, at, quoting, 85), code, 8)
+        return put_hex(put_escape(at, quoting, 117), code, 4)
+    return put_hex(put_escape(at, quoting, 85), code, 8)
 
 
 @njit(cache=True, nogil=True)
@@ -153,55 +144,55 @@ def decode(address: int, left: int) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def put_printable(out: Any, at: int, address: int, length: int, quoting: int, printable: Any) -> int:
+def put_printable(at: int, address: int, length: int, quoting: int, printable: Any) -> int:
     """Append bytes of a segment: what is printable as it is, the rest escaped."""
     i = 0
     while i < length:
         byte = int64(load_u8(address + i))
         if byte < 0x80:
             if not 32 <= byte < 127:
-                at = put_escaped_code(out, at, quoting, byte)
+                at = put_escaped_code(at, quoting, byte)
             else:
                 if quoting != PLAIN and (byte in (34, 92) or (byte == 93 and quoting == STRUCTURED_DATA)):
-                    out[at] = 92
+                    store_u8(at, 92)
                     at += 1
-                out[at] = byte
+                store_u8(at, byte)
                 at += 1
             i += 1
             continue
         code, size = decode(address + i, length - i)
         if size == 0:
-            at = put_escaped_code(out, at, quoting, byte)
+            at = put_escaped_code(at, quoting, byte)
             i += 1
             continue
         if code < len(printable) and printable[code]:
             for k in range(size):
-                out[at + k] = load_u8(address + i + k)
+                store_u8(at + k, load_u8(address + i + k))
             at += size
         else:
-            at = put_escaped_code(out, at, quoting, code)
+            at = put_escaped_code(at, quoting, code)
         i += size
     return at
 
 
 @njit(cache=True, nogil=True)
-def put_address(out: Any, at: int, value: int) -> int:
+def put_address(at: int, value: int) -> int:
     """Append an IPv4 address given as a number."""
     for shift in (24, 16, 8, 0):
-        at = put_number(out, at, (value >> shift) & 0xFF)
+        at = put_number(at, (value >> shift) & 0xFF)
         if shift:
-            out[at] = 46
+            store_u8(at, 46)
             at += 1
     return at
 
 
 @njit(cache=True, nogil=True)
-def put_duration(out: Any, at: int, value_ns: int) -> int:
+def put_duration(at: int, value_ns: int) -> int:
     """Append nanoseconds in the greatest unit that they fill."""
     if -1000 < value_ns < 1000:
-        return put(out, put_number(out, at, value_ns), NANOSECONDS)
+        return put(put_number(at, value_ns), NANOSECONDS)
     if value_ns < 0:
-        out[at] = 45
+        store_u8(at, 45)
         at += 1
         # The least number has no positive twin; its microseconds have.
         value_us = -(value_ns // 1000) - (1 if value_ns % 1000 else 0)
@@ -210,35 +201,35 @@ def put_duration(out: Any, at: int, value_ns: int) -> int:
         value_us = value_ns // 1000
         rest_ns = value_ns % 1000
     if value_us < 1000:
-        return put(out, put_decimals(out, at, value_us, rest_ns), MICROSECONDS)
+        return put(put_decimals(at, value_us, rest_ns), MICROSECONDS)
     if value_us < 1_000_000:
-        return put(out, put_decimals(out, at, value_us // 1000, value_us % 1000), MILLISECONDS)
-    return put(out, put_decimals(out, at, value_us // 1_000_000, value_us % 1_000_000 // 1000), SECONDS)
+        return put(put_decimals(at, value_us // 1000, value_us % 1000), MILLISECONDS)
+    return put(put_decimals(at, value_us // 1_000_000, value_us % 1_000_000 // 1000), SECONDS)
 
 
 @njit(cache=True, nogil=True)
-def put_decimals(out: Any, at: int, whole: int, thousandths: int) -> int:
+def put_decimals(at: int, whole: int, thousandths: int) -> int:
     """Append a number with three decimals."""
-    at = put_number(out, at, whole)
-    out[at] = 46
-    return put_digits(out, at + 1, thousandths, 3)
+    at = put_number(at, whole)
+    store_u8(at, 46)
+    return put_digits(at + 1, thousandths, 3)
 
 
 @njit(cache=True, nogil=True)
-def put_real(out: Any, at: int, value: float) -> int:
+def put_real(at: int, value: float) -> int:
     """Append a float as printf's %g does."""
     if math.isnan(value):
-        return put(out, at, NAN)
-    gcvt(value, 6, out.ctypes.data + at)
+        return put(at, NAN)
+    gcvt(value, 6, at)
     for _ in range(32):
-        if out[at] == 0:
+        if load_u8(at) == 0:
             break
         at += 1
     return at
 
 
 @njit(cache=True, nogil=True)
-def put_time(out: Any, at: int, wall_ns: int) -> int:
+def put_time(at: int, wall_ns: int) -> int:
     """Append a time as RFC 3339 has it, in UTC with microseconds. The calendar is Howard Hinnant's days algorithm."""
     seconds = wall_ns // 1_000_000_000
     days = seconds // 86_400
@@ -252,24 +243,24 @@ def put_time(out: Any, at: int, wall_ns: int) -> int:
     day = day_of_year - (153 * shifted_month + 2) // 5 + 1
     month = shifted_month + 3 if shifted_month < 10 else shifted_month - 9
     year = year_of_era + era * 400 + (1 if month <= 2 else 0)
-    at = put_digits(out, at, year % 10_000, 4)
-    out[at] = 45
-    at = put_digits(out, at + 1, month, 2)
-    out[at] = 45
-    at = put_digits(out, at + 1, day, 2)
-    out[at] = 84
-    at = put_digits(out, at + 1, second // 3600, 2)
-    out[at] = 58
-    at = put_digits(out, at + 1, second // 60 % 60, 2)
-    out[at] = 58
-    at = put_digits(out, at + 1, second % 60, 2)
-    out[at] = 46
-    at = put_digits(out, at + 1, wall_ns % 1_000_000_000 // 1000, 6)
-    out[at] = 90
+    at = put_digits(at, year % 10_000, 4)
+    store_u8(at, 45)
+    at = put_digits(at + 1, month, 2)
+    store_u8(at, 45)
+    at = put_digits(at + 1, day, 2)
+    store_u8(at, 84)
+    at = put_digits(at + 1, second // 3600, 2)
+    store_u8(at, 58)
+    at = put_digits(at + 1, second // 60 % 60, 2)
+    store_u8(at, 58)
+    at = put_digits(at + 1, second % 60, 2)
+    store_u8(at, 46)
+    at = put_digits(at + 1, wall_ns % 1_000_000_000 // 1000, 6)
+    store_u8(at, 90)
     return at + 1
 
 
 @njit(cache=True, nogil=True)
-def put_field(out: Any, at: int, name: Any, value: int, behind: Any) -> int:
+def put_field(at: int, name: Any, value: int, behind: Any) -> int:
     """Append a name, a number and what follows it."""
-    return put(out, put_number(out, put(out, at, name), value), behind)
+    return put(put_number(put(at, name), value), behind)

@@ -23,16 +23,26 @@ cache.use_own()
 int64: Any = np.int64
 
 
+def _pointer(context: Any, builder: Any, address: Any, numba_type: Any, pointee: Any) -> Any:
+    """The pointer that an integer means, by way of an empty piece of assembly that hides the sum behind it.
+
+    Numba links functions whose code was generated already into their callers and optimises anew. By then LLVM may
+    have turned `at + i` into a pointer made of the loop's counter plus an offset; where the counter is known to be 0
+    that is arithmetic on the null pointer, and the access is undefined: it was seen to store nothing.
+    """
+    wide = context.cast(builder, address, numba_type, types.int64)
+    hidden = ir.InlineAsm(ir.FunctionType(ir.IntType(64), [ir.IntType(64)]), "", "=r,0", side_effect=False)
+    return builder.inttoptr(builder.call(hidden, [wide], attrs=("readnone", "nounwind")), pointee.as_pointer())
+
+
 def _load(width: int, numba_type: Any, ordering: str | None) -> Any:
     def typing(typing_context: Any, address: Any) -> Any:
         if not isinstance(address, types.Integer):
             return None
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(
-                context.cast(builder, args[0], signature.args[0], types.int64),
-                (ir.DoubleType() if numba_type is types.float64 else ir.IntType(width)).as_pointer(),
-            )
+            pointee = ir.DoubleType() if numba_type is types.float64 else ir.IntType(width)
+            pointer = _pointer(context, builder, args[0], signature.args[0], pointee)
             if ordering is None:
                 return builder.load(pointer, align=1)
             return builder.load_atomic(pointer, ordering, align=width // 8)
@@ -48,9 +58,7 @@ def _store(width: int, numba_type: Any, ordering: str | None) -> Any:
             return None
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(
-                context.cast(builder, args[0], signature.args[0], types.int64), ir.IntType(width).as_pointer()
-            )
+            pointer = _pointer(context, builder, args[0], signature.args[0], ir.IntType(width))
             stored = context.cast(builder, args[1], signature.args[1], numba_type)
             if ordering is None:
                 builder.store(stored, pointer, align=1)
@@ -84,7 +92,7 @@ def _prefetch_write(typing_context: Any, address: Any) -> Any:
         prefetch = builder.module.declare_intrinsic(
             "llvm.prefetch", (i8_pointer,), ir.FunctionType(ir.VoidType(), [i8_pointer, i32, i32, i32])
         )
-        pointer = builder.inttoptr(context.cast(builder, args[0], signature.args[0], types.int64), i8_pointer)
+        pointer = _pointer(context, builder, args[0], signature.args[0], ir.IntType(8))
         builder.call(prefetch, [pointer, i32(1), i32(3), i32(1)])
         return context.get_dummy_value()
 
@@ -99,9 +107,9 @@ def _copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> An
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i8_pointer, i64, i1 = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(1)
         memcpy = builder.module.declare_intrinsic("llvm.memcpy", [i8_pointer, i8_pointer, i64])
-        wide = [context.cast(builder, arg, kind, types.int64) for arg, kind in zip(args, signature.args, strict=True)]
-        pointers = [builder.inttoptr(address, i8_pointer) for address in wide[:2]]
-        builder.call(memcpy, [*pointers, wide[2], i1(0)])
+        target, source = (_pointer(context, builder, args[i], signature.args[i], ir.IntType(8)) for i in (0, 1))
+        count = context.cast(builder, args[2], signature.args[2], types.int64)
+        builder.call(memcpy, [target, source, count, i1(0)])
         return context.get_dummy_value()
 
     return types.void(target, source, count), generate
@@ -117,13 +125,14 @@ def _store_arguments(typing_context: Any, address: Any, arguments: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = context.cast(builder, args[0], signature.args[0], types.int64)
+        base = _pointer(context, builder, args[0], signature.args[0], ir.IntType(64))
         for index, kind in enumerate(arguments.types):
             value = builder.extract_value(args[1], index)
             wide = types.float64 if isinstance(kind, types.Float) else types.int64
-            ir_type = ir.DoubleType() if isinstance(kind, types.Float) else ir.IntType(64)
-            pointer = builder.inttoptr(builder.add(base, ir.IntType(64)(8 * index)), ir_type.as_pointer())
-            builder.store(context.cast(builder, value, kind, wide), pointer, align=8)
+            bits = context.cast(builder, value, kind, wide)
+            if isinstance(kind, types.Float):
+                bits = builder.bitcast(bits, ir.IntType(64))
+            builder.store(bits, builder.gep(base, [ir.IntType(64)(index)]), align=8)
         return ir.IntType(64)(len(arguments.types))
 
     return types.int64(address, arguments), generate

@@ -148,11 +148,14 @@ def collect(sources: Any, records: Any, origins: Any, newest_ns: int, delay_ns: 
         source = sources[first]
         if source.head_ns == NEVER_NS:
             break
-        while source.head_ns <= second_ns and source.head_ns != NEVER_NS and count < room:
+        # At least one, as it is the oldest; then while it stays so. Of equals the first ring's comes first.
+        while True:
             if take(source, target + count * RECORD_BYTES):
                 origins[count] = first
                 count += 1
             peek(source, newest_ns, delay_ns)
+            if source.head_ns >= second_ns or count == room:
+                break
     for index in range(len(sources)):
         source = sources[index]
         if source.consume:

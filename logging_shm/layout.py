@@ -91,6 +91,7 @@ PAIR: Final = Layout(
 FORMATS_MAX: Final = 32  # format numbers are 1 … 31; 0 says that the message is text
 FORMAT_BYTES_MAX: Final = 128
 SEVERITIES: Final = 8
+CORE_NONE: Final = 255  # of a process that is not pinned
 FLAG_OVERWRITE: Final = 1
 
 # Cursors count records since the segment was made; a record's place is its number modulo capacity, a power of two.

@@ -1,8 +1,8 @@
 """Lines: a batch of records into bytes for one sink, in compiled code that releases the GIL.
 
 One function a format: text, JSON, syslog (RFC 5424), and journald's native protocol. All take the same arguments, fill
-`out`, and note the end of each message in `ends`. What a message says comes from render.py's steps; every byte
-that comes from a segment is checked here: nothing can end a line, move a cursor or forge a field.
+`out` (u1[…]), and note the end of each message in `ends` (i8[…]). What a message says comes from render.py's steps;
+every byte that comes from a segment is checked here: nothing can end a line, move a cursor or forge a field.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from logging_shm.append import (
     JSON,
     PLAIN,
     STRUCTURED_DATA,
+    WORD_BYTES,
     constant,
     constants,
     put,
@@ -21,23 +22,27 @@ from logging_shm.append import (
     put_duration,
     put_field,
     put_hex,
-    put_name,
     put_number,
     put_printable,
     put_real,
     put_time,
 )
-from logging_shm.atomics import int64, load_f64, load_i64, load_u8, load_u16, load_u32
+from logging_shm.atomics import int64, load_f64, load_i64, load_u8, load_u16, load_u32, store_i64, store_u8
 from logging_shm.facility import Facility, Severity
-from logging_shm.layout import FORMATS_MAX, MESSAGE_BYTES_MAX, PAIR, RECORD, RECORD_BYTES
+from logging_shm.layout import CORE_NONE, FORMATS_MAX, MESSAGE_BYTES_MAX, PAIR, RECORD, RECORD_BYTES, Field, Layout
 from logging_shm.render import KINDS, steps
 
 LINE_BYTES_MAX = 4096  # room that a line may need: every byte of a record escaped to five, and what frames it
 STEPS_MAX = 48  # a format of 128 bytes has no more
 LITERAL_BYTES = 1024  # 128 bytes, each escaped
+# A step's argument is that number, or where a text begins.
+STEP = Layout(8, kind=Field(0, "H"), argument=Field(2, "H"), length=Field(4, "H"))
+STEP_KIND, STEP_ARGUMENT, STEP_LENGTH = STEP["kind"], STEP["argument"], STEP["length"]
+STEP_BYTES = STEP.bytes
+NEEDS_QUOTING = b'"\\]'
 
-STEP_KINDS = ("end", "literal", "pair", *KINDS)
-END, LITERAL, PAIR_VALUE, DECIMAL, REAL, ADDRESS, PORT, DURATION, HEX = range(len(STEP_KINDS))
+STEP_KINDS = ("end", "plain", "literal", "pair", *KINDS)
+END, PLAIN_LITERAL, LITERAL, PAIR_VALUE, DECIMAL, REAL, ADDRESS, PORT, DURATION, HEX = range(len(STEP_KINDS))
 
 FORMAT = RECORD["format"]
 SEVERITY = RECORD["severity"]
@@ -68,6 +73,7 @@ FACILITY_NAMES = constants(facility.name for facility in Facility)
 COLOURS = constants(f"\033[{code}m" for code in ("1;41", "1;41", "1;31", "31", "33", "36", "0", "2"))
 UNCOLOURED = constant("\033[0m")
 NOTHING = constant("")
+NULL = constant("null")
 TEXT_CORE, TEXT_PID, TEXT_TID, TEXT_SEQUENCE = map(constant, (" core=", " pid=", " tid=", " seq="))
 JSON_TIME = constant('{"time":"')
 JSON_SEVERITY = constant('","severity":"')
@@ -80,9 +86,9 @@ JSON_SEQUENCE = constant(',"sequence":')
 JSON_TIMESTAMP = constant(',"timestamp_ns":')
 JSON_PAIRS = constant(',"pairs":{')
 JSON_END = constant("}}\n")
-SYSLOG_ID = constant(' [mcr@32473 core="')
+SYSLOG_ID = constant(' [mcr@32473 tid="')
 SYSLOG_SEQUENCE = constant('" seq="')
-SYSLOG_TID = constant('" tid="')
+SYSLOG_CORE = constant('" core="')
 SYSLOG_END = constant('"] ')
 JOURNAL_MESSAGE = constant("MESSAGE=")
 JOURNAL_PRIORITY = constant("\nPRIORITY=")
@@ -100,7 +106,7 @@ class Formats:
     """The formats of every ring of a batch, taken apart: arrays for compiled code."""
 
     def __init__(self, rings: int) -> None:
-        self.steps = np.zeros((rings, FORMATS_MAX, STEPS_MAX, 3), np.int32)  # kind, argument or start, length
+        self.steps = np.zeros((rings, FORMATS_MAX, STEPS_MAX, STEP_BYTES), np.uint8)
         self.literals = np.zeros((rings, FORMATS_MAX, LITERAL_BYTES), np.uint8)
 
     def load(self, ring: int, number: int, template: str | None) -> None:
@@ -109,9 +115,14 @@ class Formats:
         if template is None:
             template = f"(format {number} is not registered)"
         for kind, text, argument in steps(template):
-            if at == STEPS_MAX - 1 or length + len(text) > LITERAL_BYTES:
+            if at == STEPS_MAX - 1 or length + len(text) > LITERAL_BYTES - WORD_BYTES:
                 break
-            self.steps[ring, number, at] = (STEP_KINDS.index(kind), length if text else argument, len(text))
+            is_plain = kind == "literal" and not set(text) & set(NEEDS_QUOTING)
+            number_of_kind = STEP_KINDS.index("plain" if is_plain else kind)
+            step = self.steps[ring, number, at]
+            STEP.set(step, "kind", number_of_kind)
+            STEP.set(step, "argument", length if text else argument)
+            STEP.set(step, "length", len(text))
             self.literals[ring, number, length : length + len(text)] = np.frombuffer(text, np.uint8)
             length += len(text)
             at += 1
@@ -123,7 +134,7 @@ class Batch(NamedTuple):
 
     records: Any  # u1[count, 256]
     origins: Any  # i4[count]: index of the ring
-    steps: Any  # i4[rings, FORMATS_MAX, STEPS_MAX, 3]
+    steps: Any  # u1[rings, FORMATS_MAX, STEPS_MAX, 8]: STEP
     literals: Any  # u1[rings, FORMATS_MAX, LITERAL_BYTES]
     printable: Any  # u1[UNICODE_SHOWN]
 
@@ -136,115 +147,124 @@ class Frame(NamedTuple):
     timestamps: bool
     fields: bool
     colours: bool
-    host: Any  # u1[…], for syslog: host and application, each followed by a space
+    host: Any  # i8[…], for syslog: host and application as a constant, each followed by a space
     syslog_facility: int  # RFC 5424's code
 
 
 @njit(cache=True, nogil=True)
-def put_literal(out: Any, at: int, literals: Any, start: int, length: int, quoting: int) -> int:
-    """Append a part of a format, which is printable already."""
-    for i in range(start, start + length):
-        byte = literals[i]
+def put_literal(at: int, literal: int, length: int, quoting: int) -> int:
+    """Append a part of a format, which is printable already, with what its quoting needs."""
+    for i in range(length):
+        byte = int64(load_u8(literal + i))
         if quoting != PLAIN and (byte in (34, 92) or (byte == 93 and quoting == STRUCTURED_DATA)):
-            out[at] = 92
+            store_u8(at, 92)
             at += 1
-        out[at] = byte
+        store_u8(at, byte)
         at += 1
     return at
 
 
 @njit(cache=True, nogil=True)
-def find_pair(record: int, literals: Any, start: int, length: int) -> int:
-    """The address of the last pair with a key, 0 when there is none."""
+def put_plain_literal(at: int, literal: int, length: int) -> int:
+    """Append a part of a format in which nothing needs quoting."""
+    for i in range(0, length, WORD_BYTES):
+        store_i64(at + i, load_i64(literal + i))
+    return at + length
+
+
+@njit(cache=True, nogil=True)
+def find_pair(record: int, name: int, length: int) -> int:
+    """The address of the last pair whose key is the `length` bytes at `name`, 0 when there is none."""
     found = 0
     for index in range(load_u8(record + PAIR_COUNT)):
         pair = record + PAIRS + index * PAIR_BYTES
         same = load_u8(pair + KEY_LENGTH) == length and length <= KEY_BYTES
         if same:
             for i in range(length):
-                same = same and load_u8(pair + KEY + i) == literals[start + i]
+                same = same and load_u8(pair + KEY + i) == load_u8(name + i)
         if same:
             found = pair
     return found
 
 
 @njit(cache=True, nogil=True)
-def put_message(out: Any, at: int, batch: Any, index: int, quoting: int) -> int:
+def put_value(at: int, pair: int, quoting: int, printable: Any) -> int:
+    """Append a pair's value."""
+    length = min(int64(load_u8(pair + VALUE_LENGTH)), VALUE_BYTES)
+    return put_printable(at, pair + VALUE, length, quoting, printable)
+
+
+@njit(cache=True, nogil=True)
+def put_message(at: int, batch: Any, index: int, quoting: int) -> int:
     """Append a record's message: its text, or its arguments as their format says."""
     record = batch.records.ctypes.data + index * RECORD_BYTES
     number = int64(load_u16(record + FORMAT))
     length = min(int64(load_u8(record + LENGTH)), MESSAGE_BYTES_MAX)
     if number == 0:
-        return put_printable(out, at, record + MESSAGE, length, quoting, batch.printable)
+        return put_printable(at, record + MESSAGE, length, quoting, batch.printable)
     if number >= FORMATS_MAX:
-        at = put(out, at, UNREGISTERED)
-        at = put_number(out, at, number)
-        return put(out, at, IS_NOT_REGISTERED)
+        return put_field(at, UNREGISTERED, number, IS_NOT_REGISTERED)
     count = length // 8
-    literals = batch.literals[batch.origins[index], number]
-    steps_here = batch.steps[batch.origins[index], number]
-    for step in range(STEPS_MAX):
-        kind = steps_here[step, 0]
-        argument = steps_here[step, 1]
+    row = int64(batch.origins[index]) * FORMATS_MAX + number
+    literals = batch.literals.ctypes.data + row * LITERAL_BYTES
+    step = batch.steps.ctypes.data + row * STEPS_MAX * STEP_BYTES
+    for _ in range(STEPS_MAX):
+        kind = int64(load_u16(step + STEP_KIND))
+        argument = int64(load_u16(step + STEP_ARGUMENT))
         if kind == END:
             break
-        if kind == LITERAL:
-            at = put_literal(out, at, literals, argument, steps_here[step, 2], quoting)
+        if kind == PLAIN_LITERAL:
+            at = put_plain_literal(at, literals + argument, load_u16(step + STEP_LENGTH))
+        elif kind == LITERAL:
+            at = put_literal(at, literals + argument, load_u16(step + STEP_LENGTH), quoting)
         elif kind == PAIR_VALUE:
-            pair = find_pair(record, literals, argument, steps_here[step, 2])
+            pair = find_pair(record, literals + argument, load_u16(step + STEP_LENGTH))
             if pair:
-                size = min(int64(load_u8(pair + VALUE_LENGTH)), VALUE_BYTES)
-                at = put_printable(out, at, pair + VALUE, size, quoting, batch.printable)
+                at = put_value(at, pair, quoting, batch.printable)
         elif argument < count:
-            at = put_argument(out, at, kind, record + MESSAGE + 8 * argument)
+            at = put_argument(at, kind, record + MESSAGE + 8 * argument)
+        step += STEP_BYTES
     return at
 
 
 @njit(cache=True, nogil=True)
-def put_argument(out: Any, at: int, kind: int, address: int) -> int:
+def put_argument(at: int, kind: int, address: int) -> int:
     """Append one typed argument."""
     value = int64(load_i64(address))
     if kind == DECIMAL:
-        return put_number(out, at, value)
+        return put_number(at, value)
     if kind == ADDRESS:
-        return put_address(out, at, value)
+        return put_address(at, value)
     if kind == PORT:
-        return put_number(out, at, value & 0xFFFF)
+        return put_number(at, value & 0xFFFF)
     if kind == REAL:
-        return put_real(out, at, load_f64(address))
+        return put_real(at, load_f64(address))
     if kind == DURATION:
-        return put_duration(out, at, value)
-    out[at] = 48
-    out[at + 1] = 120
+        return put_duration(at, value)
+    store_u8(at, 48)
+    store_u8(at + 1, 120)
     digits = 1
     while digits < 16 and (value >> (4 * digits)) & ((1 << (64 - 4 * digits)) - 1):
         digits += 1
-    return put_hex(out, at + 2, value, digits)
+    return put_hex(at + 2, value, digits)
 
 
 @njit(cache=True, nogil=True)
-def put_key(out: Any, at: int, pair: int, spelling: int, quoting: int, printable: Any) -> int:
+def put_key(at: int, pair: int, spelling: int, quoting: int, printable: Any) -> int:
     """Append a pair's key: as it is, as an SD-NAME, or as journald's capital letters."""
     length = min(int64(load_u8(pair + KEY_LENGTH)), KEY_BYTES)
     if spelling == AS_IT_IS:
-        return put_printable(out, at, pair + KEY, length, quoting, printable)
+        return put_printable(at, pair + KEY, length, quoting, printable)
     if length == 0:
-        out[at] = 95
+        store_u8(at, 95)
         return at + 1
     for i in range(length):
         byte = int64(load_u8(pair + KEY + i))
         is_letter = 65 <= byte <= 90 or 97 <= byte <= 122
         if spelling == UPPER and 97 <= byte <= 122:
             byte -= 32
-        out[at + i] = byte if is_letter or 48 <= byte <= 57 else 95
+        store_u8(at + i, byte if is_letter or 48 <= byte <= 57 else 95)
     return at + length
-
-
-@njit(cache=True, nogil=True)
-def put_value(out: Any, at: int, pair: int, quoting: int, printable: Any) -> int:
-    """Append a pair's value."""
-    length = min(int64(load_u8(pair + VALUE_LENGTH)), VALUE_BYTES)
-    return put_printable(out, at, pair + VALUE, length, quoting, printable)
 
 
 @njit(cache=True, nogil=True)
@@ -256,54 +276,56 @@ def is_shown_here(record: int, frame: Any) -> bool:
 @njit(cache=True, nogil=True)
 def format_text(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """`[Info] [Ingress] message`: records from `first` on; return (records done, lines, bytes), as all formats do."""
-    at, lines, index = 0, 0, first
-    room = len(out) - LINE_BYTES_MAX
+    start = int64(out.ctypes.data)
+    at, lines, index = start, 0, first
+    room = start + len(out) - LINE_BYTES_MAX
     while index < len(batch.records) and at < room:
         record = batch.records.ctypes.data + index * RECORD_BYTES
         index += 1
         if not is_shown_here(record, frame):
             continue
         if frame.colours:
-            at = put_name(out, at, COLOURS[load_u8(record + SEVERITY)])
+            at = put(at, COLOURS[load_u8(record + SEVERITY)])
         if frame.timestamps:
-            at = put_time(out, at, int64(load_i64(record + TIMESTAMP)) + frame.realtime_offset_ns)
-            out[at] = 32
+            at = put_time(at, int64(load_i64(record + TIMESTAMP)) + frame.realtime_offset_ns)
+            store_u8(at, 32)
             at += 1
-        out[at] = 91
-        at = put_name(out, at + 1, SEVERITY_NAMES[load_u8(record + SEVERITY)])
-        out[at] = 93
-        out[at + 1] = 32
-        out[at + 2] = 91
-        at = put_name(out, at + 3, FACILITY_NAMES[load_u8(record + FACILITY)])
-        out[at] = 93
-        out[at + 1] = 32
-        at = put_message(out, at + 2, batch, index - 1, PLAIN)
+        store_u8(at, 91)
+        at = put(at + 1, SEVERITY_NAMES[load_u8(record + SEVERITY)])
+        store_u8(at, 93)
+        store_u8(at + 1, 32)
+        store_u8(at + 2, 91)
+        at = put(at + 3, FACILITY_NAMES[load_u8(record + FACILITY)])
+        store_u8(at, 93)
+        store_u8(at + 1, 32)
+        at = put_message(at + 2, batch, index - 1, PLAIN)
         if frame.fields:
-            at = put_field(out, at, TEXT_CORE, load_u8(record + CORE), TEXT_PID)
-            at = put_field(out, at, NOTHING, load_u32(record + PROCESS), TEXT_TID)
-            at = put_field(out, at, NOTHING, load_u32(record + THREAD), TEXT_SEQUENCE)
-            at = put_number(out, at, load_i64(record + SEQUENCE))
-            at = put_text_pairs(out, at, record, batch.printable)
+            if load_u8(record + CORE) != CORE_NONE:
+                at = put_field(at, TEXT_CORE, load_u8(record + CORE), NOTHING)
+            at = put_field(at, TEXT_PID, load_u32(record + PROCESS), TEXT_TID)
+            at = put_field(at, NOTHING, load_u32(record + THREAD), TEXT_SEQUENCE)
+            at = put_number(at, load_i64(record + SEQUENCE))
+            at = put_text_pairs(at, record, batch.printable)
         if frame.colours:
-            at = put(out, at, UNCOLOURED)
-        out[at] = 10
+            at = put(at, UNCOLOURED)
+        store_u8(at, 10)
         at += 1
-        ends[lines] = at
+        ends[lines] = at - start
         lines += 1
-    return index, lines, at
+    return index, lines, at - start
 
 
 @njit(cache=True, nogil=True)
-def put_text_pairs(out: Any, at: int, record: int, printable: Any) -> int:
+def put_text_pairs(at: int, record: int, printable: Any) -> int:
     """Append ` key="value"` for each pair."""
     for i in range(load_u8(record + PAIR_COUNT)):
         pair = record + PAIRS + i * PAIR_BYTES
-        out[at] = 32
-        at = put_key(out, at + 1, pair, AS_IT_IS, PLAIN, printable)
-        out[at] = 61
-        out[at + 1] = 34
-        at = put_value(out, at + 2, pair, JSON, printable)
-        out[at] = 34
+        store_u8(at, 32)
+        at = put_key(at + 1, pair, AS_IT_IS, PLAIN, printable)
+        store_u8(at, 61)
+        store_u8(at + 1, 34)
+        at = put_value(at + 2, pair, JSON, printable)
+        store_u8(at, 34)
         at += 1
     return at
 
@@ -311,108 +333,115 @@ def put_text_pairs(out: Any, at: int, record: int, printable: Any) -> int:
 @njit(cache=True, nogil=True)
 def format_json(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """One JSON object a line."""
-    at, lines, index = 0, 0, first
-    room = len(out) - LINE_BYTES_MAX
+    start = int64(out.ctypes.data)
+    at, lines, index = start, 0, first
+    room = start + len(out) - LINE_BYTES_MAX
     while index < len(batch.records) and at < room:
         record = batch.records.ctypes.data + index * RECORD_BYTES
         index += 1
         if not is_shown_here(record, frame):
             continue
         timestamp_ns = int64(load_i64(record + TIMESTAMP))
-        at = put_time(out, put(out, at, JSON_TIME), timestamp_ns + frame.realtime_offset_ns)
-        at = put_name(out, put(out, at, JSON_SEVERITY), SEVERITY_NAMES[load_u8(record + SEVERITY)])
-        at = put_name(out, put(out, at, JSON_FACILITY), FACILITY_NAMES[load_u8(record + FACILITY)])
-        at = put_message(out, put(out, at, JSON_MESSAGE), batch, index - 1, JSON)
-        at = put_field(out, at, JSON_CORE, load_u8(record + CORE), JSON_PID)
-        at = put_field(out, at, NOTHING, load_u32(record + PROCESS), JSON_TID)
-        at = put_field(out, at, NOTHING, load_u32(record + THREAD), JSON_SEQUENCE)
-        at = put_field(out, at, NOTHING, load_i64(record + SEQUENCE), JSON_TIMESTAMP)
-        at = put_field(out, at, NOTHING, timestamp_ns, JSON_PAIRS)
+        at = put_time(put(at, JSON_TIME), timestamp_ns + frame.realtime_offset_ns)
+        at = put(put(at, JSON_SEVERITY), SEVERITY_NAMES[load_u8(record + SEVERITY)])
+        at = put(put(at, JSON_FACILITY), FACILITY_NAMES[load_u8(record + FACILITY)])
+        at = put_message(put(at, JSON_MESSAGE), batch, index - 1, JSON)
+        at = put(at, JSON_CORE)
+        core = int64(load_u8(record + CORE))
+        at = put_number(at, core) if core != CORE_NONE else put(at, NULL)
+        at = put_field(at, JSON_PID, load_u32(record + PROCESS), JSON_TID)
+        at = put_field(at, NOTHING, load_u32(record + THREAD), JSON_SEQUENCE)
+        at = put_field(at, NOTHING, load_i64(record + SEQUENCE), JSON_TIMESTAMP)
+        at = put_field(at, NOTHING, timestamp_ns, JSON_PAIRS)
         for i in range(load_u8(record + PAIR_COUNT)):
             pair = record + PAIRS + i * PAIR_BYTES
             if i:
-                out[at] = 44
+                store_u8(at, 44)
                 at += 1
-            out[at] = 34
-            at = put_key(out, at + 1, pair, AS_IT_IS, JSON, batch.printable)
-            out[at] = 34
-            out[at + 1] = 58
-            out[at + 2] = 34
-            at = put_value(out, at + 3, pair, JSON, batch.printable)
-            out[at] = 34
+            store_u8(at, 34)
+            at = put_key(at + 1, pair, AS_IT_IS, JSON, batch.printable)
+            store_u8(at, 34)
+            store_u8(at + 1, 58)
+            store_u8(at + 2, 34)
+            at = put_value(at + 3, pair, JSON, batch.printable)
+            store_u8(at, 34)
             at += 1
-        at = put(out, at, JSON_END)
-        ends[lines] = at
+        at = put(at, JSON_END)
+        ends[lines] = at - start
         lines += 1
-    return index, lines, at
+    return index, lines, at - start
 
 
 @njit(cache=True, nogil=True)
 def format_syslog(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """RFC 5424 messages, without framing: PRI, time, host, application, pid, the facility as MSGID, structured data."""
-    at, lines, index = 0, 0, first
-    room = len(out) - LINE_BYTES_MAX
+    start = int64(out.ctypes.data)
+    at, lines, index = start, 0, first
+    room = start + len(out) - LINE_BYTES_MAX
     while index < len(batch.records) and at < room:
         record = batch.records.ctypes.data + index * RECORD_BYTES
         index += 1
         if not is_shown_here(record, frame):
             continue
-        out[at] = 60
-        at = put_number(out, at + 1, frame.syslog_facility * SYSLOG_FACILITY_SHIFT + load_u8(record + SEVERITY))
-        out[at] = 62
-        out[at + 1] = 49
-        out[at + 2] = 32
-        at = put_time(out, at + 3, int64(load_i64(record + TIMESTAMP)) + frame.realtime_offset_ns)
-        out[at] = 32
-        at = put(out, at + 1, frame.host)
-        at = put_number(out, at, load_u32(record + PROCESS))
-        out[at] = 32
-        at = put_name(out, at + 1, FACILITY_NAMES[load_u8(record + FACILITY)])
-        at = put_field(out, at, SYSLOG_ID, load_u8(record + CORE), SYSLOG_SEQUENCE)
-        at = put_field(out, at, NOTHING, load_i64(record + SEQUENCE), SYSLOG_TID)
-        at = put_number(out, at, load_u32(record + THREAD))
+        store_u8(at, 60)
+        at = put_number(at + 1, frame.syslog_facility * SYSLOG_FACILITY_SHIFT + load_u8(record + SEVERITY))
+        store_u8(at, 62)
+        store_u8(at + 1, 49)
+        store_u8(at + 2, 32)
+        at = put_time(at + 3, int64(load_i64(record + TIMESTAMP)) + frame.realtime_offset_ns)
+        store_u8(at, 32)
+        at = put(at + 1, frame.host)
+        at = put_number(at, load_u32(record + PROCESS))
+        store_u8(at, 32)
+        at = put(at + 1, FACILITY_NAMES[load_u8(record + FACILITY)])
+        at = put_field(at, SYSLOG_ID, load_u32(record + THREAD), SYSLOG_SEQUENCE)
+        at = put_number(at, load_i64(record + SEQUENCE))
+        if load_u8(record + CORE) != CORE_NONE:
+            at = put_field(at, SYSLOG_CORE, load_u8(record + CORE), NOTHING)
         for i in range(load_u8(record + PAIR_COUNT)):
             pair = record + PAIRS + i * PAIR_BYTES
-            out[at] = 34
-            out[at + 1] = 32
-            at = put_key(out, at + 2, pair, SD_NAME, PLAIN, batch.printable)
-            out[at] = 61
-            out[at + 1] = 34
-            at = put_value(out, at + 2, pair, STRUCTURED_DATA, batch.printable)
-        at = put_message(out, put(out, at, SYSLOG_END), batch, index - 1, PLAIN)
-        ends[lines] = at
+            store_u8(at, 34)
+            store_u8(at + 1, 32)
+            at = put_key(at + 2, pair, SD_NAME, PLAIN, batch.printable)
+            store_u8(at, 61)
+            store_u8(at + 1, 34)
+            at = put_value(at + 2, pair, STRUCTURED_DATA, batch.printable)
+        at = put_message(put(at, SYSLOG_END), batch, index - 1, PLAIN)
+        ends[lines] = at - start
         lines += 1
-    return index, lines, at
+    return index, lines, at - start
 
 
 @njit(cache=True, nogil=True)
 def format_journal(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """Datagrams of journald's native protocol: a field a line."""
-    at, lines, index = 0, 0, first
-    room = len(out) - LINE_BYTES_MAX
+    start = int64(out.ctypes.data)
+    at, lines, index = start, 0, first
+    room = start + len(out) - LINE_BYTES_MAX
     while index < len(batch.records) and at < room:
         record = batch.records.ctypes.data + index * RECORD_BYTES
         index += 1
         if not is_shown_here(record, frame):
             continue
-        at = put_message(out, put(out, at, JOURNAL_MESSAGE), batch, index - 1, PLAIN)
-        at = put_field(out, at, JOURNAL_PRIORITY, load_u8(record + SEVERITY), JOURNAL_IDENTIFIER)
-        at = put_name(out, at, FACILITY_NAMES[load_u8(record + FACILITY)])
-        at = put_field(out, at, JOURNAL_CORE, load_u8(record + CORE), JOURNAL_PID)
-        at = put_field(out, at, NOTHING, load_u32(record + PROCESS), JOURNAL_TID)
-        at = put_field(out, at, NOTHING, load_u32(record + THREAD), JOURNAL_SEQUENCE)
-        at = put_field(out, at, NOTHING, load_i64(record + SEQUENCE), JOURNAL_TIMESTAMP)
-        at = put_number(out, at, load_i64(record + TIMESTAMP))
+        at = put_message(put(at, JOURNAL_MESSAGE), batch, index - 1, PLAIN)
+        at = put_field(at, JOURNAL_PRIORITY, load_u8(record + SEVERITY), JOURNAL_IDENTIFIER)
+        at = put(at, FACILITY_NAMES[load_u8(record + FACILITY)])
+        if load_u8(record + CORE) != CORE_NONE:
+            at = put_field(at, JOURNAL_CORE, load_u8(record + CORE), NOTHING)
+        at = put_field(at, JOURNAL_PID, load_u32(record + PROCESS), JOURNAL_TID)
+        at = put_field(at, NOTHING, load_u32(record + THREAD), JOURNAL_SEQUENCE)
+        at = put_field(at, NOTHING, load_i64(record + SEQUENCE), JOURNAL_TIMESTAMP)
+        at = put_number(at, load_i64(record + TIMESTAMP))
         for i in range(load_u8(record + PAIR_COUNT)):
             pair = record + PAIRS + i * PAIR_BYTES
-            at = put_key(out, put(out, at, JOURNAL_PAIR), pair, UPPER, PLAIN, batch.printable)
-            out[at] = 61
-            at = put_value(out, at + 1, pair, PLAIN, batch.printable)
-        out[at] = 10
+            at = put_key(put(at, JOURNAL_PAIR), pair, UPPER, PLAIN, batch.printable)
+            store_u8(at, 61)
+            at = put_value(at + 1, pair, PLAIN, batch.printable)
+        store_u8(at, 10)
         at += 1
-        ends[lines] = at
+        ends[lines] = at - start
         lines += 1
-    return index, lines, at
+    return index, lines, at - start
 
 
 FORMATTERS = {"text": format_text, "json": format_json, "syslog": format_syslog, "journal": format_journal}

@@ -22,6 +22,7 @@ from logging_shm.facility import Facility, Severity
 from logging_shm.layout import (
     ABI_VERSION,
     CAPACITY_MAX,
+    CORE_NONE,
     FLAG_OVERWRITE,
     FORMAT_BYTES_MAX,
     FORMATS_MAX,
@@ -139,7 +140,7 @@ class Segment:
             ) from error
         segment = cls(name, shm.fd, owner=True)
         try:
-            segment._fill_header(facility, capacity, core, overwrite)
+            segment._fill_header(facility, capacity, CORE_NONE if core is None else core & 0xFF, overwrite)
             for number, text in (formats or {}).items():
                 segment.register(number, text)
             segment.claim()
@@ -181,20 +182,20 @@ class Segment:
             raise SegmentError(f"/dev/shm/{name} has a damaged header: facility {segment.get('facility')}")
         return segment
 
-    def _fill_header(self, facility: Facility, capacity: int, core: int | None, overwrite: bool) -> None:
+    def _fill_header(self, facility: Facility, capacity: int, core: int, overwrite: bool) -> None:
         start_ticks = process_start_ticks(os.getpid()) or 0
         values = {
             "abi_version": ABI_VERSION,
             "record_bytes": RECORD_BYTES,
             "capacity": capacity,
             "facility": facility,
-            "core": core or 0,
+            "core": core,
             "creator": os.getpid(),
             "creator_start_ticks": start_ticks,
             "flags": FLAG_OVERWRITE if overwrite else 0,
             "realtime_offset_ns": time.time_ns() - time.monotonic_ns(),
             "level_mask": LEVEL_MASK_ALL,
-            "record_head": STATE_READY | facility << 16 | (core or 0) << 40,
+            "record_head": STATE_READY | facility << 16 | core << 40,
         }
         for field, value in values.items():
             self.set(field, value)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from logging_shm.cli import choose
+from logging_shm.layout import CORE_NONE
 from logging_shm.ring import SharedSPSCRingBuffer
 
 
@@ -15,7 +16,7 @@ def describe(ring: SharedSPSCRingBuffer) -> dict[str, Any]:
     return {
         "segment": segment.name,
         "facility": ring.facility.name,
-        "core": ring.core,
+        "core": None if ring.core == CORE_NONE else ring.core,
         "pid": segment.get("process"),
         "alive": segment.writer_is_running(),
         "level": segment.level.name.lower(),

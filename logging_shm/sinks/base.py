@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from logging_shm.append import constant
 from logging_shm.facility import Facility, Severity
 from logging_shm.lines import FORMATTERS, LINE_BYTES_MAX, Batch, Frame
 from logging_shm.reader import BATCH_RECORDS, REPORTS_MAX
@@ -61,14 +62,14 @@ class Formatter:
         self._format = FORMATTERS[kind]
         self._out = np.empty(CHUNK_BYTES + LINE_BYTES_MAX, np.uint8)
         self._ends = np.empty(BATCH_RECORDS + REPORTS_MAX, np.int64)
-        prefix = f"{selection.host or '-'} {selection.application} ".encode()
+        prefix = f"{selection.host or '-'} {selection.application} "
         self._frame = Frame(
             levels=_levels(selection),
             realtime_offset_ns=0,
             timestamps=selection.timestamps,
             fields=selection.fields,
             colours=selection.colours,
-            host=np.frombuffer(prefix, np.uint8),
+            host=constant(prefix),
             syslog_facility=selection.syslog_facility,
         )
 
