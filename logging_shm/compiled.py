@@ -111,11 +111,8 @@ def suppress(limit: int, now_ns: int) -> bool:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def reserve(segment: Any, severity: int, timestamp_ns: int, format_number: int) -> int:
-    """Begin a record; return its address, or 0 when it is filtered out, suppressed, or the ring is full."""
-    base = segment.ctypes.data
-    if not enabled(segment, severity):
-        return 0
+def reserve(base: int, severity: int, timestamp_ns: int, format_number: int) -> int:
+    """Begin a record; return its address, or 0 when it is suppressed, or the ring is full."""
     cursor = int64(load_i64(base + WRITE_CURSOR))
     capacity = int64(load_i64(base + CAPACITY))
     if cursor - int64(load_i64(base + READ_CURSOR_SEEN)) >= capacity and refuse(base, severity):
@@ -137,9 +134,8 @@ def reserve(segment: Any, severity: int, timestamp_ns: int, format_number: int) 
 
 
 @njit(cache=True, nogil=True, inline="always")
-def commit(segment: Any, record: int, severity: int, format_number: int, length: int, pair_count: int) -> None:
+def commit(base: int, record: int, severity: int, format_number: int, length: int, pair_count: int) -> None:
     """Publish a reserved record: its first eight bytes at once, the cursor after them."""
-    base = segment.ctypes.data
     head = int64(load_i64(base + RECORD_HEAD)) | severity << SEVERITY_SHIFT | format_number << FORMAT_SHIFT
     head |= length << MESSAGE_LENGTH_SHIFT | pair_count << PAIR_COUNT_SHIFT
     store_release_i64(record, head)
@@ -150,20 +146,69 @@ def commit(segment: Any, record: int, severity: int, format_number: int, length:
 
 
 @njit(cache=True, nogil=True)
+def write_enabled_event(base: int, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
+    """`write_event` behind its level check."""
+    record = reserve(base, severity, timestamp_ns, event)
+    if record == 0:
+        return False
+    count = store_arguments(record + MESSAGE, arguments)
+    commit(base, record, severity, event, 8 * count, 0)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def write_enabled_event_about(
+    base: int,
+    severity: int,
+    event: int,
+    timestamp_ns: int,
+    arguments: Any,
+    key: Any,
+    value: int,
+    value_length: int,
+) -> bool:
+    """`write_event_about` behind its level check."""
+    record = reserve(base, severity, timestamp_ns, event)
+    if record == 0:
+        return False
+    count = store_arguments(record + MESSAGE, arguments)
+    length = min(int64(value_length), PAIR_VALUE_BYTES_MAX)
+    pair = record + PAIRS
+    store_u8(pair + KEY_LENGTH, key[1])
+    store_u8(pair + VALUE_LENGTH, length)
+    store_i64(pair + KEY, key[0])
+    copy_bytes(pair + VALUE, value, length)
+    commit(base, record, severity, event, 8 * count, 1)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def write_enabled_text(base: int, severity: int, timestamp_ns: int, message: int, length: int) -> bool:
+    """`write_text` behind its level check."""
+    record = reserve(base, severity, timestamp_ns, 0)
+    if record == 0:
+        return False
+    length = min(int64(length), MESSAGE_BYTES_MAX)
+    copy_bytes(record + MESSAGE, message, length)
+    commit(base, record, severity, 0, length, 0)
+    return True
+
+
+# What callers use: the level check stands in their own code, so that a record that is off costs no call.
+
+
+@njit(cache=True, nogil=True, inline="always")
 def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
     """Write a tuple of at most 8 integers and floats under the format `event`; False when it was not written.
 
     `segment` is the uint8 array of the segment. `timestamp_ns` 0 reads CLOCK_MONOTONIC.
     """
-    record = reserve(segment, severity, timestamp_ns, event)
-    if record == 0:
+    if not enabled(segment, severity):
         return False
-    count = store_arguments(record + MESSAGE, arguments)
-    commit(segment, record, severity, event, 8 * count, 0)
-    return True
+    return write_enabled_event(segment.ctypes.data, severity, event, timestamp_ns, arguments)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def write_event_about(
     segment: Any,
     severity: int,
@@ -175,27 +220,16 @@ def write_event_about(
     value_length: int,
 ) -> bool:
     """As `write_event`, with a pair: `key` from pair_key(), and the first 20 bytes of the uint8 array `value`."""
-    record = reserve(segment, severity, timestamp_ns, event)
-    if record == 0:
+    if not enabled(segment, severity):
         return False
-    count = store_arguments(record + MESSAGE, arguments)
-    length = min(int64(value_length), PAIR_VALUE_BYTES_MAX)
-    pair = record + PAIRS
-    store_u8(pair + KEY_LENGTH, key[1])
-    store_u8(pair + VALUE_LENGTH, length)
-    store_i64(pair + KEY, key[0])
-    copy_bytes(pair + VALUE, value.ctypes.data, length)
-    commit(segment, record, severity, event, 8 * count, 1)
-    return True
+    return write_enabled_event_about(
+        segment.ctypes.data, severity, event, timestamp_ns, arguments, key, value.ctypes.data, value_length
+    )
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def write_text(segment: Any, severity: int, timestamp_ns: int, message: Any, length: int) -> bool:
     """Write `length` bytes (at most 160) of the uint8 array `message`; False when it was not written."""
-    record = reserve(segment, severity, timestamp_ns, 0)
-    if record == 0:
+    if not enabled(segment, severity):
         return False
-    length = min(int64(length), MESSAGE_BYTES_MAX)
-    copy_bytes(record + MESSAGE, message.ctypes.data, length)
-    commit(segment, record, severity, 0, length, 0)
-    return True
+    return write_enabled_text(segment.ctypes.data, severity, timestamp_ns, message.ctypes.data, length)
