@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from logging_shm.facility import Facility, Severity
+from logging_shm.levels import LevelPolicy
 from logging_shm.logger import ControlPlaneLogging, DataPlaneLogging, Logger, SupervisorLogging
 from logging_shm.manager import SharedMemoryLogManager
 from logging_shm.ring import LogEntry, SharedSPSCRingBuffer
@@ -30,6 +31,7 @@ __all__ = [
     "DataPlaneLogging",
     "Drain",
     "Facility",
+    "LevelPolicy",
     "LogEntry",
     "Logger",
     "Reader",

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from logging_shm.facility import WORKER_FACILITIES, Facility, segment_name
+from logging_shm.levels import LevelPolicy
 from logging_shm.ring import SharedSPSCRingBuffer
 
 
@@ -23,8 +24,13 @@ class SharedMemoryLogManager:
         uid: int = -1,
         gid: int = -1,
         formats: Mapping[int, str] | None = None,
+        limits: Mapping[int, tuple[float, int]] | None = None,
+        levels: LevelPolicy | None = None,
     ) -> Self:
-        """Create the rings, owned by the worker's user. Raises SegmentError; nothing is left behind then."""
+        """Create the rings, owned by the worker's user. Raises SegmentError; nothing is left behind then.
+
+        `limits`: by format number, how many records a second and how many at once.
+        """
         rings: dict[Facility, SharedSPSCRingBuffer] = {}
         try:
             for facility in WORKER_FACILITIES:
@@ -36,10 +42,14 @@ class SharedMemoryLogManager:
                     uid=uid,
                     gid=gid,
                 )
+                for number, (per_second, burst) in (limits or {}).items():
+                    rings[facility].segment.limit(number, per_second, burst)
         except BaseException:
             for ring in rings.values():
                 ring.shutdown()
             raise
+        if levels is not None:
+            levels.apply(rings.values())
         return cls(core_id, rings)
 
     def shutdown(self) -> None:

@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from logging_shm.layout import (
     ARGUMENTS_MAX,
     FLAG_OVERWRITE,
     HEADER,
+    LIMIT,
     MESSAGE_BYTES_MAX,
     PAIR_KEY_BYTES_MAX,
     PAIR_VALUE_BYTES_MAX,
@@ -39,6 +40,10 @@ _LEVEL_MASK = HEADER["level_mask"]
 _WRITE_CURSOR = HEADER["write_cursor"] // _WORD
 _READ_CURSOR = HEADER["read_cursor"] // _WORD
 _DROPPED = HEADER["dropped"] // _WORD
+_TEXT_LIMIT = HEADER["limits"]  # format 0
+_EARLIEST, _INTERVAL, _BURST, _SUPPRESSED = (
+    (_TEXT_LIMIT + LIMIT[field]) // _WORD for field in ("earliest_ns", "interval_ns", "burst_ns", "suppressed")
+)
 _RECORDS = RECORDS_OFFSET // _WORD
 _RECORD_WORDS = RECORD_BYTES // _WORD
 _MESSAGE = RECORD["message"]
@@ -109,9 +114,9 @@ class SharedSPSCRingBuffer:
         return cls(Segment.create(name, facility, capacity or RING_CAPACITY[facility], **segment))
 
     @classmethod
-    def attach(cls, name: str) -> Self:
-        """Use the existing segment `name`. Raises SegmentError."""
-        return cls(Segment.attach(name))
+    def attach(cls, name: str, owners: Collection[int] | None = None) -> Self:
+        """Use the existing segment `name`. Raises SegmentError, see Segment.attach."""
+        return cls(Segment.attach(name, owners))
 
     # --- the writer's side --------------------------------------------------------------------------
 
@@ -148,6 +153,10 @@ class SharedSPSCRingBuffer:
             if cursor - words[_READ_CURSOR] >= self.capacity and not self.overwrite:
                 words[_DROPPED + severity] += 1
                 return False
+            if words[_INTERVAL]:
+                timestamp_ns = time.monotonic_ns() if timestamp_ns is None else timestamp_ns
+                if self._suppress(timestamp_ns):
+                    return False
             place = cursor & (self.capacity - 1)
             at = RECORDS_OFFSET + place * RECORD_BYTES
             word = _RECORDS + place * _RECORD_WORDS
@@ -162,6 +171,16 @@ class SharedSPSCRingBuffer:
             words[word] = head + (STATE_READY - STATE_WRITING)
             words[_WRITE_CURSOR] = cursor + 1
         return True
+
+    def _suppress(self, now_ns: int) -> bool:
+        """Whether the bucket of texts is empty; compiled.py's `suppress`."""
+        words = self._words
+        earliest_ns = words[_EARLIEST]
+        if earliest_ns - now_ns > words[_BURST]:
+            words[_SUPPRESSED] += 1
+            return True
+        words[_EARLIEST] = max(earliest_ns, now_ns) + words[_INTERVAL]
+        return False
 
     def _write_pairs(self, at: int, pairs: Sequence[tuple[str, str]]) -> int:
         for i, (key, value) in enumerate(pairs[:PAIRS_MAX]):

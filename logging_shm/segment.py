@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -153,8 +153,10 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, name: str) -> Self:
-        """Map an existing segment.
+    def attach(cls, name: str, owners: Collection[int] | None = None) -> Self:
+        """Map an existing segment; with `owners`, only one that belongs to one of these user ids.
+
+        Whoever owns a segment may truncate it, upon which reading it ends in SIGBUS: a service says whom it trusts.
 
         Raises SegmentError when there is none, when others than its owner may write it, or it is not one of ours;
         OtherVersionError when it has another ABI version.
@@ -163,10 +165,16 @@ class Segment:
             shm = posix_ipc.SharedMemory(f"/{name}")
         except (posix_ipc.Error, OSError, ValueError) as error:
             raise SegmentError(f"/dev/shm/{name}: {error}") from error
-        mode = os.fstat(shm.fd).st_mode
-        if mode & OTHERS:
+        status = os.fstat(shm.fd)
+        if status.st_mode & OTHERS:
             os.close(shm.fd)
-            raise SegmentError(f"/dev/shm/{name} has mode {mode & 0o777:04o}: segments have 0600, this is none of ours")
+            mode = f"{status.st_mode & 0o777:04o}"
+            raise SegmentError(f"/dev/shm/{name} has mode {mode}: segments have 0600, this is none of ours")
+        if owners is not None and status.st_uid not in owners:
+            os.close(shm.fd)
+            raise SegmentError(
+                f"/dev/shm/{name} belongs to user id {status.st_uid}, not to {sorted(owners)}: remove it"
+            )
         segment = cls(name, shm.fd, owner=False)
         if segment.get("magic") != SEGMENT_MAGIC:
             raise SegmentError(f"/dev/shm/{name} is no log segment")

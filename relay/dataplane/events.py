@@ -30,3 +30,10 @@ FORMATS: Final[dict[int, str]] = {
         if cause is not DropCause.NONE
     },
 }
+
+# Events that a fault can make come in storms: so many a second, so many at once; the rest is counted and told.
+LIMITS: Final[dict[int, tuple[float, int]]] = {
+    GSO_REFUSED: (10, 100),
+    RING_FILL_ABOVE: (1, 10),
+    RING_FILL_BELOW: (1, 10),
+}

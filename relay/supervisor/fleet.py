@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from logging_shm import SharedMemoryLogManager
+from logging_shm import LevelPolicy, SharedMemoryLogManager
 from relay import bpf
 from relay.dataplane import events, layout
 from relay.dataplane.counters import StatsSegment
@@ -115,6 +115,7 @@ class Fleet:
         default_interfaces: Sequence[str],
         ring_bytes: int,
         fanout: Fanout,
+        levels: LevelPolicy,
     ) -> None:
         self.default_interfaces = default_interfaces
         self.plan = Plan()
@@ -135,7 +136,9 @@ class Fleet:
         self._table = compile_table((), (), 0)
         try:
             for core in cores:
-                logs = SharedMemoryLogManager.create_for_worker(core, instance, *owner, formats=events.FORMATS)
+                logs = SharedMemoryLogManager.create_for_worker(
+                    core, instance, *owner, formats=events.FORMATS, limits=events.LIMITS, levels=levels
+                )
                 try:
                     stats = StatsSegment.create(core, instance, *owner)
                 except BaseException:

@@ -1,4 +1,4 @@
-"""Log levels: reading and setting those of rings, chosen by facility and core."""
+"""Log levels as clients name them: which rings a facility and a core mean. Pure but for reading the rings' headers."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,13 @@ from logging_shm import Facility, Severity, SharedSPSCRingBuffer
 from relay.config import LOG_LEVELS
 from relay.errors import RelayError
 
-UNPINNED = (Facility.Supervisor, Facility.ControlPlane)
-
 
 def choose(rings: Sequence[SharedSPSCRingBuffer], facility: str | None, core: int | None) -> list[SharedSPSCRingBuffer]:
     """Rings by facility and core, both optional. Raises RelayError when there is none such."""
     chosen = [
         ring
         for ring in rings
-        if (facility is None or ring.facility.name.lower() == facility.lower())
-        and (core is None or (ring.core == core and ring.facility not in UNPINNED))
+        if (facility is None or ring.facility.name.lower() == facility.lower()) and core in (None, ring.core)
     ]
     if not chosen:
         names = ", ".join(sorted({ring.facility.name for ring in rings}))
@@ -23,12 +20,16 @@ def choose(rings: Sequence[SharedSPSCRingBuffer], facility: str | None, core: in
     return chosen
 
 
-def set_level(rings: Sequence[SharedSPSCRingBuffer], level: str) -> None:
-    """Write only what is as grave as `level` or graver. Raises RelayError for an unknown level."""
+def parse_level(level: str) -> Severity:
+    """Raises RelayError for a word that is no level."""
     if level not in LOG_LEVELS:
         raise RelayError(f"level {level!r}: allowed are {', '.join(LOG_LEVELS)}")
-    for ring in rings:
-        ring.segment.level = Severity[level.capitalize()]
+    return Severity[level.capitalize()]
+
+
+def parse_facility(facility: str | None) -> Facility | None:
+    """The facility of a name that `choose` has found rings of."""
+    return next((known for known in Facility if facility and known.name.lower() == facility.lower()), None)
 
 
 def of(rings: Sequence[SharedSPSCRingBuffer]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from logging_shm import Facility, SharedSPSCRingBuffer, SupervisorLogging
+from logging_shm import Facility, LevelPolicy, SharedSPSCRingBuffer, SupervisorLogging
 from logging_shm.facility import segment_name
 from relay import config
 from relay.config import Options
@@ -52,6 +52,7 @@ from relay.supervisor.timers import Timers
 TICK_S = 1.0
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
+CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
 DESCRIPTORS_WANTED = 1 << 20
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
@@ -100,12 +101,16 @@ class Supervisor:
         name = segment_name(Facility.ControlPlane, instance=options.instance)
         control_plane = SharedSPSCRingBuffer.create(name, facility=Facility.ControlPlane, uid=uid, gid=gid)
         self._stack.enter_context(control_plane)
+        control_plane.segment.limit(0, *CONTROL_PLANE_LINES)
+        self._levels = LevelPolicy(levels.parse_level(options.log_level))
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
-        self._fleet = Fleet(self._cores, options.instance, self._owner, options.interfaces, ring_bytes, fanout)
+        self._fleet = Fleet(
+            self._cores, options.instance, self._owner, options.interfaces, ring_bytes, fanout, self._levels
+        )
         self._stack.callback(self._fleet.close)
         self._log_rings = [logging.rings[Facility.Supervisor], control_plane]
         self._log_rings += [ring for worker in self._fleet.workers for ring in worker.logs.rings.values()]
-        levels.set_level(self._log_rings, options.log_level)
+        self._levels.apply(self._log_rings)
         self._log_drain = LogDrain(config.sinks(options), self._log_rings, stale, self._log)
         self._log_drain.start()
         self._stack.callback(self._log_drain.stop)
@@ -255,7 +260,10 @@ class Supervisor:
         try:
             rings = levels.choose(self._log_rings, request.facility, request.core)
             if request.level is not None:
-                levels.set_level(rings, request.level)
+                self._levels.set(
+                    levels.parse_level(request.level), levels.parse_facility(request.facility), request.core
+                )
+                self._levels.apply(self._log_rings)
                 self._log.notice(f"Log level set to {request.level} for {len(rings)} rings")
         except RelayError as error:
             self._link.tell(Refused(request.request_id, str(error)))
