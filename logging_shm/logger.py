@@ -91,7 +91,7 @@ class SupervisorLogging(_Logging):
 
     def __init__(self, instance: str | None = None) -> None:
         name = segment_name(Facility.Supervisor, instance=instance)
-        ring = SharedSPSCRingBuffer.create(name, facility=Facility.Supervisor)
+        ring = SharedSPSCRingBuffer.create(name, facility=Facility.Supervisor, instance=instance)
         super().__init__({Facility.Supervisor: ring})
 
 

@@ -38,6 +38,7 @@ class SharedMemoryLogManager:
                     segment_name(facility, core_id, instance),
                     facility=facility,
                     core=core_id,
+                    instance=instance,
                     formats=dict(formats or {}),
                     uid=uid,
                     gid=gid,

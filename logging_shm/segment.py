@@ -38,6 +38,7 @@ from logging_shm.layout import (
     STATE_WRITING,
     segment_bytes,
 )
+from logging_shm.render import printable
 
 SHM_DIRECTORY = Path("/dev/shm")
 NAME = re.compile(r"mcr_[A-Za-z0-9_.-]{1,200}")
@@ -108,11 +109,12 @@ class Segment:
         gid: int = -1,
         overwrite: bool = False,
         lock_memory: bool = False,
+        instance: str | None = None,
     ) -> Self:
         """Create a segment with every page present, and hand it to `uid`:`gid`.
 
         `capacity` is a power of two, in records. With `overwrite` a full ring keeps the newest records, else the
-        oldest. With `lock_memory` its pages are never swapped out (mlock(2)).
+        oldest. With `lock_memory` its pages are never swapped out (mlock(2)). `instance` is kept in the header.
 
         Raises ValueError for a capacity or format that can't be; SegmentError when the name belongs to a
         living process or is no segment, when /dev/shm has no room, or RLIMIT_MEMLOCK is too low.
@@ -141,6 +143,7 @@ class Segment:
         segment = cls(name, shm.fd, owner=True)
         try:
             segment._fill_header(facility, capacity, CORE_NONE if core is None else core & 0xFF, overwrite)
+            segment._set_instance(instance or "")
             for number, text in (formats or {}).items():
                 segment.register(number, text)
             segment.claim()
@@ -207,6 +210,18 @@ class Segment:
         }
         for field, value in values.items():
             self.set(field, value)
+
+    def _set_instance(self, instance: str) -> None:
+        field = HEADER.fields["instance"]
+        encoded = instance.encode()[: field.bytes].ljust(field.bytes, b"\0")
+        self.memory[field.offset : field.offset + field.bytes] = encoded
+
+    @property
+    def instance(self) -> str:
+        """The relay that the segment belongs to, as far as its name fits; empty for one without a name."""
+        field = HEADER.fields["instance"]
+        raw = self.memory[field.offset : field.offset + field.bytes]
+        return printable(raw.rstrip(b"\0"))
 
     def _lock(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -99,7 +99,9 @@ class Supervisor:
         logging = self._stack.enter_context(SupervisorLogging(options.instance))
         self._log = logging.logger(Facility.Supervisor)
         name = segment_name(Facility.ControlPlane, instance=options.instance)
-        control_plane = SharedSPSCRingBuffer.create(name, facility=Facility.ControlPlane, uid=uid, gid=gid)
+        control_plane = SharedSPSCRingBuffer.create(
+            name, facility=Facility.ControlPlane, uid=uid, gid=gid, instance=options.instance
+        )
         self._stack.enter_context(control_plane)
         control_plane.segment.limit(0, *CONTROL_PLANE_LINES)
         self._levels = LevelPolicy(levels.parse_level(options.log_level))

@@ -8,6 +8,7 @@ import pytest
 
 from logging_shm import SharedSPSCRingBuffer
 
+MakeRing = Callable[..., SharedSPSCRingBuffer]
 _serial = itertools.count(1)
 
 
@@ -21,7 +22,7 @@ def name() -> Iterator[str]:
 
 
 @pytest.fixture
-def make_ring(name: str) -> Iterator[Callable[..., SharedSPSCRingBuffer]]:
+def make_ring(name: str) -> Iterator[MakeRing]:
     """Create the ring `name`."""
     rings: list[SharedSPSCRingBuffer] = []
 
