@@ -25,7 +25,9 @@ def documented(title: str) -> dict[str, tuple[int, str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("title", "layout"), [("Record: 256", RECORD), ("Pair: 32", PAIR), ("Header: 4096", HEADER)], ids=lambda v: str(v)
+    ("title", "layout"),
+    [("Record: 256", RECORD), ("Pair: 32", PAIR), ("Header: 4096", HEADER)],
+    ids=["record", "pair", "header"],
 )
 def test_offsets_and_types_are_the_documented_ones(title: str, layout: Layout) -> None:
     defined = {name: (field.offset, field.letter, field.count) for name, field in layout.fields.items()}
