@@ -77,13 +77,13 @@ VALUE = PAIR["value"]
 PREFETCH_RECORDS = 2  # ahead: the line is here when the next but one record comes, 60 ns later
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, _nrt=False, inline="always")
 def enabled(segment: Any, severity: int) -> bool:
     """Whether records of this severity are wanted: one load and a branch."""
     return (int64(load_acquire_u32(segment.ctypes.data + LEVEL_MASK)) >> severity) & 1 != 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def refuse(base: int, severity: int) -> bool:
     """Whether the ring is full, as far as its reader has told. Counts the record that is refused then."""
     read = load_acquire_i64(base + READ_CURSOR)
@@ -99,7 +99,7 @@ def refuse(base: int, severity: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def suppress(limit: int, now_ns: int) -> bool:
     """Whether a format's token bucket is empty, by the generic cell rate algorithm (ITU-T I.371)."""
     earliest_ns = load_i64(limit + EARLIEST)
@@ -110,7 +110,7 @@ def suppress(limit: int, now_ns: int) -> bool:
     return False
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, _nrt=False, inline="always")
 def reserve(base: int, severity: int, timestamp_ns: int, format_number: int) -> int:
     """Begin a record; return its address, or 0 when it is suppressed, or the ring is full."""
     cursor = int64(load_i64(base + WRITE_CURSOR))
@@ -133,7 +133,7 @@ def reserve(base: int, severity: int, timestamp_ns: int, format_number: int) -> 
     return record
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, _nrt=False, inline="always")
 def commit(base: int, record: int, severity: int, format_number: int, length: int, pair_count: int) -> None:
     """Publish a reserved record: its first eight bytes at once, the cursor after them."""
     head = int64(load_i64(base + RECORD_HEAD)) | severity << SEVERITY_SHIFT | format_number << FORMAT_SHIFT
@@ -145,7 +145,7 @@ def commit(base: int, record: int, severity: int, format_number: int, length: in
     prefetch_write(base + RECORDS_OFFSET + ahead * RECORD_BYTES)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def write_enabled_event(base: int, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
     """`write_event` behind its level check."""
     record = reserve(base, severity, timestamp_ns, event)
@@ -156,7 +156,7 @@ def write_enabled_event(base: int, severity: int, event: int, timestamp_ns: int,
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def write_enabled_event_about(
     base: int,
     severity: int,
@@ -182,7 +182,7 @@ def write_enabled_event_about(
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def write_enabled_text(base: int, severity: int, timestamp_ns: int, message: int, length: int) -> bool:
     """`write_text` behind its level check."""
     record = reserve(base, severity, timestamp_ns, 0)
@@ -197,7 +197,7 @@ def write_enabled_text(base: int, severity: int, timestamp_ns: int, message: int
 # What callers use: the level check stands in their own code, so that a record that is off costs no call.
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, _nrt=False, inline="always")
 def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
     """Write a tuple of at most 8 integers and floats under the format `event`; False when it was not written.
 
@@ -208,7 +208,7 @@ def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, argu
     return write_enabled_event(segment.ctypes.data, severity, event, timestamp_ns, arguments)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, _nrt=False, inline="always")
 def write_event_about(
     segment: Any,
     severity: int,
@@ -227,7 +227,7 @@ def write_event_about(
     )
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, _nrt=False, inline="always")
 def write_text(segment: Any, severity: int, timestamp_ns: int, message: Any, length: int) -> bool:
     """Write `length` bytes (at most 160) of the uint8 array `message`; False when it was not written."""
     if not enabled(segment, severity):

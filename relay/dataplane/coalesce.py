@@ -26,7 +26,7 @@ SEVERITY_INFO = 6
 NO_BATCH = -1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def close_batch(m: Any, t: Any, batch_index: int) -> None:
     """Account a batch to its rules and queue it for each of their outputs."""
     batch = m.batches[batch_index]
@@ -44,7 +44,7 @@ def close_batch(m: Any, t: Any, batch_index: int) -> None:
     batch.sealed = 2
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def mark_sent(m: Any) -> None:
     """Note up to which slot frames are handed to the kernel, for the worker that follows if this one is killed.
 
@@ -56,7 +56,7 @@ def mark_sent(m: Any) -> None:
             m.stats[0].ring_sent[ring_index] = (ring.cursor + ring.taken) % ring.frames
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def drain(m: Any, t: Any) -> None:
     """Close every open batch, in the order of opening, and complete all sends. Buffers are free again."""
     state = m.state[0]
@@ -69,7 +69,7 @@ def drain(m: Any, t: Any) -> None:
     state.window += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def open_batch(m: Any, t: Any, entry_index: int, src: int, ttl: int, segment_bytes: int) -> int:
     """Start an empty batch for an entry and return its index; drains first when none is left."""
     state = m.state[0]
@@ -91,7 +91,7 @@ def open_batch(m: Any, t: Any, entry_index: int, src: int, ttl: int, segment_byt
     return batch_index
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def fits(batch: Any, flags: int, datagram: Any) -> bool:
     """Whether a datagram or super-frame may join an open batch, given its entry's `flags`."""
     return (
@@ -107,7 +107,7 @@ def fits(batch: Any, flags: int, datagram: Any) -> bool:
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def add(m: Any, t: Any, entry_index: int, datagram: Any) -> None:
     """Add a matched datagram (a DATAGRAM record) to the open batch of its entry, or to a new one.
 
@@ -148,7 +148,7 @@ def add(m: Any, t: Any, entry_index: int, datagram: Any) -> None:
         batch_index = NO_BATCH
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def log_first_packets(m: Any, t: Any, entry_index: int, datagram: Any) -> None:
     """Log the first packet of each rule of an entry; rules that have counted before cost one load."""
     entry = t.entries[entry_index]

@@ -70,7 +70,7 @@ CONTROL = 1
 DRAINED = 2
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def monotonic_ns(m: Any) -> int:
     """CLOCK_MONOTONIC in nanoseconds; a vDSO call, no system call."""
     address = m.timespec.ctypes.data
@@ -78,7 +78,7 @@ def monotonic_ns(m: Any) -> int:
     return int64(load_i64(address)) * 1_000_000_000 + int64(load_i64(address + 8))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def relay_frame(m: Any, t: Any, ring_index: int, slot: int) -> None:
     """Take one frame through parse, match and coalesce, or count why it goes no further."""
     cause = read_frame(m, ring_index, slot)
@@ -107,7 +107,7 @@ def relay_frame(m: Any, t: Any, ring_index: int, slot: int) -> None:
     add(m, t, entry, datagram)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def take_frames(m: Any, t: Any, ring_index: int) -> int:
     """Take the filled frames of one ring, at most PASS_FRAMES_MAX and never the whole ring twice."""
     ring = m.rings[ring_index]
@@ -124,7 +124,7 @@ def take_frames(m: Any, t: Any, ring_index: int) -> int:
     return ring.taken
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def run_pass(m: Any, t: Any) -> int:
     """One pass over all rings; return the number of frames."""
     taken = int64(0)
@@ -143,7 +143,7 @@ def run_pass(m: Any, t: Any) -> int:
     return taken
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def watch_fill(m: Any, ring_index: int) -> None:
     """Log when the ring's occupancy passes a level, and once when it is back under the lowest."""
     ring = m.rings[ring_index]
@@ -161,7 +161,7 @@ def watch_fill(m: Any, ring_index: int) -> None:
         ring.fill_level = 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def report_drops(m: Any) -> None:
     """Log what was dropped since the last report, one record a cause. Called once a second."""
     for cause in range(1, DROP_CAUSES):
@@ -174,7 +174,7 @@ def report_drops(m: Any) -> None:
         m.reported[cause] = total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def sleep_until_readable(m: Any, timeout_ms: int) -> bool:
     """Wait for a frame or a message of the supervisor; True for the message."""
     state = m.state[0]
@@ -198,7 +198,7 @@ def sleep_until_readable(m: Any, timeout_ms: int) -> bool:
     return (m.pollfds[0].revents & (POLLIN | POLLERR | POLLHUP)) != 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def on_timer(m: Any) -> bool:
     """Heartbeat, reports, trace switch; True when the supervisor sent something or is gone."""
     state = m.state[0]
@@ -213,7 +213,7 @@ def on_timer(m: Any) -> bool:
     return poll(m.pollfds.ctypes.data, 1, 0) > 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def nap(m: Any, duration_ns: int) -> None:
     """Sleep for a time, whatever arrives: under load the next pass finds more to coalesce."""
     m.timespec[0] = 0
@@ -221,7 +221,7 @@ def nap(m: Any, duration_ns: int) -> None:
     clock_nanosleep(CLOCK_MONOTONIC, 0, m.timespec.ctypes.data, 0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def run(m: Any, t: Any) -> int:
     """Relay until the supervisor has something to say (CONTROL), or the rings are empty while draining."""
     state = m.state[0]

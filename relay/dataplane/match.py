@@ -16,7 +16,7 @@ NO_ENTRY = -1
 hash_key = njit(cache=True, nogil=True)(hashing.hash_key)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def find_key(keys: Any, dst: int, port: int, ring: int, src: int) -> int:
     """The entry of exactly this key in `keys` (KEY records, a power of two, never full), or NO_ENTRY."""
     mask = len(keys) - 1
@@ -31,7 +31,7 @@ def find_key(keys: Any, dst: int, port: int, ring: int, src: int) -> int:
     return NO_ENTRY
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def match(keys: Any, entries: Any, dst: int, port: int, ring: int, src: int) -> int:
     """The entry for a datagram from `src`, all in host order, or NO_ENTRY.
 
@@ -49,7 +49,7 @@ def match(keys: Any, entries: Any, dst: int, port: int, ring: int, src: int) -> 
     return entry
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def is_own_source(own: Any, src: int, sport: int, dst: int, dport: int) -> bool:
     """Whether a datagram left one of this relay's egress sockets (`own`: OWN_SOURCE records)."""
     mask = len(own) - 1

@@ -41,19 +41,19 @@ TRUNCATED = int(DropCause.TRUNCATED)
 NO_MATCH = int(DropCause.NO_MATCH)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def slot_address(ring: Any, position: int) -> int:
     """The address of a slot, `position` frames after the cursor."""
     return ring.base + ((ring.cursor + position) % ring.frames) * ring.frame_bytes
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def is_filled(slot: int) -> bool:
     """Whether the kernel has handed this slot over."""
     return (int64(load_acquire_u32(slot)) & TP_STATUS_USER) != 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def fetch_copies(m: Any, ring_index: int) -> None:
     """Refill this ring's copy arena with frames from the socket's receive queue. None of it is in use."""
     ring = m.rings[ring_index]
@@ -64,7 +64,7 @@ def fetch_copies(m: Any, ring_index: int) -> None:
     ring.copy_count = max(count, 0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def copy_is_of_slot(m: Any, ring_index: int, slot: int) -> bool:
     """Whether the next fetched frame is the one whose beginning `slot` holds."""
     ring = m.rings[ring_index]
@@ -80,14 +80,14 @@ def copy_is_of_slot(m: Any, ring_index: int, slot: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def needs_fetch(m: Any, ring_index: int, slot: int) -> bool:
     """Whether the frame of `slot` is a copy and the arena has none left: drain, then `fetch_copies`."""
     ring = m.rings[ring_index]
     return (int64(load_u32(slot)) & TP_STATUS_COPY) != 0 and ring.copy_next >= ring.copy_count
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def read_frame(m: Any, ring_index: int, slot: int) -> int:
     """Parse the frame of a filled slot into `m.datagram[0]`; return its DropCause."""
     ring = m.rings[ring_index]
@@ -118,7 +118,7 @@ def read_frame(m: Any, ring_index: int, slot: int) -> int:
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def release(ring: Any) -> None:
     """Give the frames of this pass back to the kernel, in order, once nothing reads them any more."""
     for i in range(ring.taken):
@@ -127,7 +127,7 @@ def release(ring: Any) -> None:
     ring.taken = 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def find_cursor(base: int, frames: int, frame_bytes: int, sent: int) -> int:
     """Where to go on in a ring that was read before; all arguments but `base` count slots or bytes.
 

@@ -65,13 +65,13 @@ DROP_EGRESS_FULL = int(DropCause.EGRESS_FULL)
 DROP_SEND_ERROR = int(DropCause.SEND_ERROR)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def swap32(value: int) -> int:
     """`value` with its four bytes reversed."""
     return ((value & 0xFF) << 24) | ((value & 0xFF00) << 8) | ((value >> 8) & 0xFF00) | ((value >> 24) & 0xFF)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def write_control(control: int, segment_bytes: int, ttl: int, source: int) -> int:
     """Write the control messages at `control`; return their length. 0 leaves a message out.
 
@@ -101,7 +101,7 @@ def write_control(control: int, segment_bytes: int, ttl: int, source: int) -> in
     return at - control
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def push(
     m: Any,
     t: Any,
@@ -155,7 +155,7 @@ def push(
     state.queued += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def count_sent(m: Any, output_index: int, datagrams: int, sent_bytes: int) -> None:
     """Account a completed send."""
     stats = m.output_stats[output_index]
@@ -165,7 +165,7 @@ def count_sent(m: Any, output_index: int, datagrams: int, sent_bytes: int) -> No
     m.stats[0].bytes_relayed += sent_bytes
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def count_failed(m: Any, output_index: int, datagrams: int, error: int) -> None:
     """Account a refused send under its cause: no room, or an error by its number."""
     stats = m.output_stats[output_index]
@@ -179,7 +179,7 @@ def count_failed(m: Any, output_index: int, datagrams: int, error: int) -> None:
     m.stats[0].errno_counts[min(error, ERRNO_MAX - 1)] += datagrams
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def reap_one(m: Any, t: Any, index: int, result: int) -> None:
     """Account one completion; a refused segmentation is kept for `complete_all` to send singly."""
     state = m.state[0]
@@ -205,7 +205,7 @@ def reap_one(m: Any, t: Any, index: int, result: int) -> None:
     count_failed(m, slot.output, slot.datagrams, error)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def submit_and_reap(m: Any, t: Any) -> None:
     """Submit every queued SQE and wait for all completions. Sends never block, so this is one call."""
     state = m.state[0]
@@ -230,7 +230,7 @@ def submit_and_reap(m: Any, t: Any) -> None:
         store_release_u32(state.cq_head_ptr, head)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def push_singly(m: Any, t: Any, output_index: int, batch_index: int) -> None:
     """Send each datagram of a batch as a message of its own."""
     batch = m.batches[batch_index]
@@ -251,7 +251,7 @@ def push_singly(m: Any, t: Any, output_index: int, batch_index: int) -> None:
                 break
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def complete_all(m: Any, t: Any) -> None:
     """Submit, reap, and send singly what could not leave segmented. Afterwards nothing is in flight."""
     state = m.state[0]
@@ -267,7 +267,7 @@ def complete_all(m: Any, t: Any) -> None:
         submit_and_reap(m, t)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def send_batch(m: Any, t: Any, output_index: int, batch_index: int) -> None:
     """Queue a closed batch for one output."""
     state = m.state[0]
@@ -294,7 +294,7 @@ def send_batch(m: Any, t: Any, output_index: int, batch_index: int) -> None:
         complete_all(m, t)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def trace_is_on(m: Any) -> bool:
     """Whether per-packet records are wanted: asked once a pass."""
     return enabled(m.log_ingress, SEVERITY_DEBUG) or enabled(m.log_egress, SEVERITY_DEBUG)
