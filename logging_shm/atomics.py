@@ -23,7 +23,7 @@ cache.use_own()
 int64: Any = np.int64
 
 
-def _pointer(context: Any, builder: Any, address: Any, numba_type: Any, pointee: Any) -> Any:
+def pointer_at(context: Any, builder: Any, address: Any, numba_type: Any, pointee: Any) -> Any:
     """The pointer that an integer means, by way of an empty piece of assembly that hides the sum behind it.
 
     Numba links functions whose code was generated already into their callers and optimises anew. By then LLVM may
@@ -42,7 +42,7 @@ def _load(width: int, numba_type: Any, ordering: str | None) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointee = ir.DoubleType() if numba_type is types.float64 else ir.IntType(width)
-            pointer = _pointer(context, builder, args[0], signature.args[0], pointee)
+            pointer = pointer_at(context, builder, args[0], signature.args[0], pointee)
             if ordering is None:
                 return builder.load(pointer, align=1)
             return builder.load_atomic(pointer, ordering, align=width // 8)
@@ -58,7 +58,7 @@ def _store(width: int, numba_type: Any, ordering: str | None) -> Any:
             return None
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = _pointer(context, builder, args[0], signature.args[0], ir.IntType(width))
+            pointer = pointer_at(context, builder, args[0], signature.args[0], ir.IntType(width))
             stored = context.cast(builder, args[1], signature.args[1], numba_type)
             if ordering is None:
                 builder.store(stored, pointer, align=1)
@@ -82,21 +82,39 @@ def _fence(ordering: str) -> Any:
     return intrinsic(typing)
 
 
-def _prefetch_write(typing_context: Any, address: Any) -> Any:
-    """Have the cache line at `address` fetched for writing, without waiting for it."""
-    if not isinstance(address, types.Integer):
+def _prefetch(for_write: bool) -> Any:
+    """Have the cache line at an address fetched, without waiting for it."""
+
+    def typing(typing_context: Any, address: Any) -> Any:
+        if not isinstance(address, types.Integer):
+            return None
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i8_pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+            prefetch = builder.module.declare_intrinsic(
+                "llvm.prefetch", (i8_pointer,), ir.FunctionType(ir.VoidType(), [i8_pointer, i32, i32, i32])
+            )
+            pointer = pointer_at(context, builder, args[0], signature.args[0], ir.IntType(8))
+            builder.call(prefetch, [pointer, i32(int(for_write)), i32(3), i32(1)])
+            return context.get_dummy_value()
+
+        return types.void(address), generate
+
+    return intrinsic(typing)
+
+
+def _base_of(typing_context: Any, memory: Any) -> Any:
+    """The address of an array's first byte; an integer is an address already."""
+    if not isinstance(memory, types.Integer | types.Array):
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        i8_pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        prefetch = builder.module.declare_intrinsic(
-            "llvm.prefetch", (i8_pointer,), ir.FunctionType(ir.VoidType(), [i8_pointer, i32, i32, i32])
-        )
-        pointer = _pointer(context, builder, args[0], signature.args[0], ir.IntType(8))
-        builder.call(prefetch, [pointer, i32(1), i32(3), i32(1)])
-        return context.get_dummy_value()
+        kind = signature.args[0]
+        if isinstance(kind, types.Integer):
+            return context.cast(builder, args[0], kind, types.int64)
+        return builder.ptrtoint(context.make_array(kind)(context, builder, args[0]).data, ir.IntType(64))
 
-    return types.void(address), generate
+    return types.int64(memory), generate
 
 
 def _copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
@@ -107,7 +125,7 @@ def _copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> An
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i8_pointer, i64, i1 = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(1)
         memcpy = builder.module.declare_intrinsic("llvm.memcpy", [i8_pointer, i8_pointer, i64])
-        target, source = (_pointer(context, builder, args[i], signature.args[i], ir.IntType(8)) for i in (0, 1))
+        target, source = (pointer_at(context, builder, args[i], signature.args[i], ir.IntType(8)) for i in (0, 1))
         count = context.cast(builder, args[2], signature.args[2], types.int64)
         builder.call(memcpy, [target, source, count, i1(0)])
         return context.get_dummy_value()
@@ -125,7 +143,7 @@ def _store_arguments(typing_context: Any, address: Any, arguments: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = _pointer(context, builder, args[0], signature.args[0], ir.IntType(64))
+        base = pointer_at(context, builder, args[0], signature.args[0], ir.IntType(64))
         for index, kind in enumerate(arguments.types):
             value = builder.extract_value(args[1], index)
             wide = types.float64 if isinstance(kind, types.Float) else types.int64
@@ -156,6 +174,8 @@ store_release_u32 = _store(32, types.uint32, "release")
 store_release_i64 = _store(64, types.int64, "release")
 fence_acquire: Any = _fence("acquire")
 fence_release: Any = _fence("release")
-prefetch_write: Any = intrinsic(_prefetch_write)
+prefetch_read: Any = _prefetch(for_write=False)
+prefetch_write: Any = _prefetch(for_write=True)
+base_of: Any = intrinsic(_base_of)
 copy_bytes: Any = intrinsic(_copy_bytes)
 store_arguments: Any = intrinsic(_store_arguments)

@@ -14,6 +14,7 @@ from typing import Any
 from numba import njit, types
 
 from logging_shm.atomics import (
+    base_of,
     copy_bytes,
     fence_release,
     int64,
@@ -80,7 +81,7 @@ PREFETCH_RECORDS = 2  # ahead: the line is here when the next but one record com
 @njit(cache=True, nogil=True, _nrt=False, inline="always")
 def enabled(segment: Any, severity: int) -> bool:
     """Whether records of this severity are wanted: one load and a branch."""
-    return (int64(load_acquire_u32(segment.ctypes.data + LEVEL_MASK)) >> severity) & 1 != 0
+    return (int64(load_acquire_u32(base_of(segment) + LEVEL_MASK)) >> severity) & 1 != 0
 
 
 @njit(cache=True, nogil=True, _nrt=False)
@@ -201,11 +202,11 @@ def write_enabled_text(base: int, severity: int, timestamp_ns: int, message: int
 def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
     """Write a tuple of at most 8 integers and floats under the format `event`; False when it was not written.
 
-    `segment` is the uint8 array of the segment. `timestamp_ns` 0 reads CLOCK_MONOTONIC.
+    `segment` is the uint8 array of the segment, or its address. `timestamp_ns` 0 reads CLOCK_MONOTONIC.
     """
     if not enabled(segment, severity):
         return False
-    return write_enabled_event(segment.ctypes.data, severity, event, timestamp_ns, arguments)
+    return write_enabled_event(base_of(segment), severity, event, timestamp_ns, arguments)
 
 
 @njit(cache=True, nogil=True, _nrt=False, inline="always")
@@ -219,17 +220,17 @@ def write_event_about(
     value: Any,
     value_length: int,
 ) -> bool:
-    """As `write_event`, with a pair: `key` from pair_key(), and the first 20 bytes of the uint8 array `value`."""
+    """As `write_event`, with a pair: `key` from pair_key(), and up to 20 bytes of `value`, an array or its address."""
     if not enabled(segment, severity):
         return False
     return write_enabled_event_about(
-        segment.ctypes.data, severity, event, timestamp_ns, arguments, key, value.ctypes.data, value_length
+        base_of(segment), severity, event, timestamp_ns, arguments, key, base_of(value), value_length
     )
 
 
 @njit(cache=True, nogil=True, _nrt=False, inline="always")
 def write_text(segment: Any, severity: int, timestamp_ns: int, message: Any, length: int) -> bool:
-    """Write `length` bytes (at most 160) of the uint8 array `message`; False when it was not written."""
+    """Write `length` bytes (at most 160) of `message`, an array or its address; False when it was not written."""
     if not enabled(segment, severity):
         return False
-    return write_enabled_text(segment.ctypes.data, severity, timestamp_ns, message.ctypes.data, length)
+    return write_enabled_text(base_of(segment), severity, timestamp_ns, base_of(message), length)

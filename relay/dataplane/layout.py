@@ -77,7 +77,12 @@ SOCKADDR_IN: Final = np.dtype(
     [("sin_family", "<u2"), ("sin_port", "<u2"), ("sin_addr", "<u4"), ("sin_zero", "u1", (8,))]
 )
 
+AF_INET: Final = 2
+MSG_DONTWAIT: Final = 0x40
+MSG_NOSIGNAL: Final = 0x4000
+
 # linux/io_uring.h
+IORING_OP_SENDMSG: Final = 9
 IO_URING_SQE: Final = np.dtype(
     [
         ("opcode", "u1"),
@@ -135,6 +140,8 @@ BATCH: Final = np.dtype(
         ("iovecs", "<i4"),
         ("bytes", "<i4"),
         ("sealed", "<i4"),
+        ("sport", "<i4"),
+        ("pad", "<i4"),
     ]
 )
 
@@ -175,6 +182,7 @@ ENTRY_VARIES_BY_SOURCE: Final = 2  # some output preserves the source address
 ENTRY_VARIES_BY_TTL: Final = 4  # some output sends the incoming TTL less 1
 ENTRY: Final = np.dtype([("first_route", "<u4"), ("routes", "<u4"), ("flags", "<u4"), ("pad", "<u4")])
 ROUTE: Final = np.dtype([("rule", "<u4"), ("first_output", "<u4"), ("outputs", "<u4"), ("pad", "<u4")])
+ROUTE_OUTPUT: Final = np.dtype([("output", "<u4")])
 OUTPUT_CONNECTED: Final = 1
 OUTPUT_PRESERVE_SOURCE: Final = 2
 OUTPUT_TTL_DECREMENT: Final = 4
@@ -192,6 +200,21 @@ OWN_SOURCE: Final = np.dtype([("addr", "<u4"), ("dst", "<u4"), ("port", "<u2"), 
 RULE_NAME_BYTES_MAX: Final = 64
 LOG_RULE_NAME_BYTES_MAX: Final = 20  # a log record's pair holds no more
 RULE_NAME: Final = np.dtype([("length", "<i4"), ("name", "u1", (LOG_RULE_NAME_BYTES_MAX,))])
+# A mapped table as compiled code takes it: the addresses of its arrays.
+TABLE: Final = np.dtype(
+    [
+        ("generation", "<i8"),
+        ("keys", "<i8"),
+        ("keys_mask", "<i8"),
+        ("entries", "<i8"),
+        ("routes", "<i8"),
+        ("route_outputs", "<i8"),
+        ("outputs", "<i8"),
+        ("own", "<i8"),
+        ("own_mask", "<i8"),
+        ("rule_names", "<i8"),
+    ]
+)
 
 # --- counters: written by one worker, read by anyone --------------------------------------------
 

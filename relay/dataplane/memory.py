@@ -1,15 +1,19 @@
-"""The worker's memory: every array that the compiled loop uses, allocated once, before traffic.
+"""A worker's memory: everything that the compiled loop uses, allocated once, before traffic.
 
-Owned by one worker process; nothing here is shared. Compiled functions take a `Memory` (arrays that
-live as long as the worker) and a `Table` (views of the current rule table).
+Owned by one worker process. Compiled functions take `m`, a WORKER record: the loop's own state, and the addresses of
+all else. The arrays behind those addresses live as long as the Memory.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from relay.dataplane import layout
 from relay.dataplane.layout import UDP_SEGMENTS_MAX
+from relay.dataplane.records import record_at
 
 PASS_FRAMES_MAX = 1024  # frames taken from one ring before it goes round: bounds latency of the others
 BATCHES_MAX = 1024
@@ -17,33 +21,18 @@ SQ_ENTRIES = 1024
 COPY_SLOTS = 16  # super-frames fetched by one recvmmsg; 16 x 68 KiB stays within a usual L2 cache
 COPY_SLOT_BYTES = 69_632  # virtio header, Ethernet with two tags, 65 535 bytes of IP; a multiple of 4096
 TABLE_ENTRIES_MAX = 65_536
+FLOWS = 1024  # of the flow cache, a power of two; 32 KiB
 
-STATE = np.dtype(
+# What match and is_own_source said of a flow, for the datagrams that follow: one probe instead of two or three.
+FLOW = np.dtype(
     [
-        # io_uring
-        ("uring_fd", "<i8"),
-        ("sq_tail_ptr", "<i8"),
-        ("sq_mask", "<i8"),
-        ("sq_tail", "<i8"),
-        ("cq_head_ptr", "<i8"),
-        ("cq_tail_ptr", "<i8"),
-        ("cq_mask", "<i8"),
-        ("queued", "<i8"),  # SQEs filled and not yet submitted
-        ("retries", "<i8"),
-        # coalescing
-        ("batches", "<i8"),
-        ("window", "<i8"),  # numbers the spans between two drains; open_batch is valid for one
-        # waiting
-        ("control_fd", "<i8"),
-        ("doorbell_seen", "<i8"),
-        ("now_ns", "<i8"),
-        ("timer_ns", "<i8"),
-        ("report_ns", "<i8"),
-        ("idle_mode", "<i8"),
-        ("spin_ns", "<i8"),
-        ("nap_ns", "<i8"),
-        ("draining", "<i8"),
-        ("trace", "<i8"),
+        ("src", "<u4"),
+        ("dst", "<u4"),
+        ("ports", "<u4"),  # source << 16 | destination
+        ("ring", "<u4"),
+        ("generation", "<i8"),  # of the table that said it, plus 1; 0: empty
+        ("entry", "<i4"),
+        ("cause", "<i4"),  # DropCause
     ]
 )
 
@@ -63,48 +52,101 @@ RING = np.dtype(
 )
 
 POLLFD = np.dtype([("fd", "<i4"), ("events", "<i2"), ("revents", "<i2")])
+RETRY = np.dtype([("output", "<i4"), ("batch", "<i4")])
+OPEN_BATCH = np.dtype([("window", "<i8"), ("batch", "<i8")])
+I64 = np.dtype([("value", "<i8")])
+I32 = np.dtype([("value", "<i4")])
+U8 = np.dtype([("value", "u1")])
+
+# What lies behind each address of WORKER: field, layout of an element, and how many; None for what is mapped.
+ARRAYS: tuple[tuple[str, Any, int | None], ...] = (
+    ("rings", RING, layout.RINGS_MAX),
+    ("sqes", layout.IO_URING_SQE, None),  # the kernel's, SQ_ENTRIES
+    ("cqes", layout.IO_URING_CQE, None),  # the kernel's, twice as many
+    ("slots", layout.SEND_SLOT, SQ_ENTRIES),
+    ("batches", layout.BATCH, BATCHES_MAX),
+    ("iovecs", layout.IOVEC, BATCHES_MAX * UDP_SEGMENTS_MAX),
+    ("retries", RETRY, SQ_ENTRIES),
+    ("open_batches", OPEN_BATCH, TABLE_ENTRIES_MAX),  # by entry
+    ("flows", FLOW, FLOWS),
+    ("copy_mmsg", layout.MMSGHDR, layout.RINGS_MAX * COPY_SLOTS),
+    ("copy_iovecs", layout.IOVEC, layout.RINGS_MAX * COPY_SLOTS),
+    ("copy_arena", U8, layout.RINGS_MAX * COPY_SLOTS * COPY_SLOT_BYTES),
+    ("pollfds", POLLFD, 1 + layout.RINGS_MAX),
+    ("egress_fds", I32, layout.OUTPUTS_MAX),  # by socket number
+    ("gso_states", U8, layout.OUTPUTS_MAX),  # by socket number
+    ("reported", I64, layout.DROP_CAUSES),  # drops already told to the log
+    ("stats", layout.STATS_HEADER, None),  # shared: the stats segment
+    ("rule_stats", layout.RULE_STATS, None),
+    ("output_stats", layout.OUTPUT_STATS, None),
+    ("log_dataplane", U8, None),  # shared: the log segments
+    ("log_ingress", U8, None),
+    ("log_egress", U8, None),
+    ("log_bufferpool", U8, None),
+)
+
+WORKER = np.dtype(
+    [
+        # io_uring
+        ("uring_fd", "<i8"),
+        ("sq_tail_ptr", "<i8"),
+        ("sq_mask", "<i8"),
+        ("sq_tail", "<i8"),
+        ("cq_head_ptr", "<i8"),
+        ("cq_tail_ptr", "<i8"),
+        ("cq_mask", "<i8"),
+        ("queued", "<i8"),  # SQEs filled and not yet submitted
+        ("retry_count", "<i8"),
+        # coalescing
+        ("batch_count", "<i8"),
+        ("window", "<i8"),  # numbers the spans between two drains; an open batch is valid for one
+        # waiting
+        ("control_fd", "<i8"),
+        ("doorbell_seen", "<i8"),
+        ("now_ns", "<i8"),
+        ("timer_ns", "<i8"),
+        ("report_ns", "<i8"),
+        ("idle_mode", "<i8"),
+        ("spin_ns", "<i8"),
+        ("nap_ns", "<i8"),
+        ("draining", "<i8"),
+        ("trace", "<i8"),
+        ("timespec", "<i8", (2,)),
+        ("datagram", layout.DATAGRAM),
+        *((name, "<i8") for name, _, _ in ARRAYS),
+    ]
+)
+
+ring_at = record_at(RING)
+sqe_at = record_at(layout.IO_URING_SQE)
+cqe_at = record_at(layout.IO_URING_CQE)
+slot_at = record_at(layout.SEND_SLOT)
+batch_at = record_at(layout.BATCH)
+iovec_at = record_at(layout.IOVEC)
+retry_at = record_at(RETRY)
+open_batch_at = record_at(OPEN_BATCH)
+flow_at = record_at(FLOW)
+mmsg_at = record_at(layout.MMSGHDR)
+pollfd_at = record_at(POLLFD)
+i64_at = record_at(I64)
+i32_at = record_at(I32)
+u8_at = record_at(U8)
+stats_at = record_at(layout.STATS_HEADER)
+rule_stats_at = record_at(layout.RULE_STATS)
+output_stats_at = record_at(layout.OUTPUT_STATS)
+TIMESPEC_OFFSET = layout.offset_of(WORKER, "timespec")
 
 
-class Memory(NamedTuple):
-    """Arrays of one worker, by role. Fields typed Any are NumPy arrays of the dtype named."""
+def _timespec_of(typing_context: Any, worker: Any) -> Any:
+    """The address of a WORKER record's timespec, for system calls."""
 
-    state: Any  # STATE[1]
-    rings: Any  # RING[RINGS_MAX]
-    sqes: Any  # IO_URING_SQE[SQ_ENTRIES], the kernel's
-    cqes: Any  # IO_URING_CQE[2 * SQ_ENTRIES], the kernel's
-    slots: Any  # SEND_SLOT[SQ_ENTRIES]
-    batches: Any  # BATCH[BATCHES_MAX]
-    iovecs: Any  # IOVEC[BATCHES_MAX, UDP_SEGMENTS_MAX]
-    retry: Any  # i4[SQ_ENTRIES, 2]: output, batch
-    open_batch: Any  # i8[TABLE_ENTRIES_MAX, 2]: window, batch
-    datagram: Any  # DATAGRAM[1]
-    copy_mmsg: Any  # MMSGHDR[RINGS_MAX, COPY_SLOTS]
-    copy_iovecs: Any  # IOVEC[RINGS_MAX, COPY_SLOTS]
-    copy_arena: Any  # u1[RINGS_MAX, COPY_SLOTS, COPY_SLOT_BYTES]
-    pollfds: Any  # POLLFD[1 + RINGS_MAX]
-    timespec: Any  # i8[2]
-    egress_fds: Any  # i4[OUTPUTS_MAX], by socket number
-    gso_state: Any  # i1[OUTPUTS_MAX], by socket number
-    stats: Any  # STATS_HEADER[1], shared
-    rule_stats: Any  # RULE_STATS[RULES_MAX], shared
-    output_stats: Any  # OUTPUT_STATS[OUTPUTS_MAX], shared
-    reported: Any  # i8[DROP_CAUSES]: drops already told to the log
-    log_dataplane: Any  # u1[…], the mapped log segments
-    log_ingress: Any
-    log_egress: Any
-    log_bufferpool: Any
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.add(builder.ptrtoint(args[0], ir.IntType(64)), ir.IntType(64)(TIMESPEC_OFFSET))
+
+    return types.int64(worker), generate
 
 
-class Table(NamedTuple):
-    """Views of the current rule table."""
-
-    keys: Any  # KEY[2^n]
-    entries: Any  # ENTRY
-    routes: Any  # ROUTE
-    route_outputs: Any  # u4: indices into outputs
-    outputs: Any  # OUTPUT
-    own: Any  # OWN_SOURCE[2^n]
-    rule_names: Any  # RULE_NAME
+timespec_of: Any = intrinsic(_timespec_of)
 
 
 def address_of(array: Any) -> int:
@@ -112,62 +154,54 @@ def address_of(array: Any) -> int:
     return int(array.ctypes.data)
 
 
-def allocate(sqes: Any, cqes: Any, stats: Any, logs: tuple[Any, Any, Any, Any]) -> Memory:
-    """Allocate and link what does not depend on rings or rules.
+class Memory:
+    """The arrays of a worker by their names in ARRAYS, and `worker`, the WORKER record that compiled code takes."""
 
-    `stats` is the mapped u1 array of the stats segment; `logs` the mapped DataPlane, Ingress, Egress
-    and BufferPool segments.
-    """
-    rule_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
-    memory = Memory(
-        state=np.zeros(1, STATE),
-        rings=np.zeros(layout.RINGS_MAX, RING),
-        sqes=sqes,
-        cqes=cqes,
-        slots=np.zeros(SQ_ENTRIES, layout.SEND_SLOT),
-        batches=np.zeros(BATCHES_MAX, layout.BATCH),
-        iovecs=np.zeros((BATCHES_MAX, UDP_SEGMENTS_MAX), layout.IOVEC),
-        retry=np.zeros((SQ_ENTRIES, 2), np.int32),
-        open_batch=np.zeros((TABLE_ENTRIES_MAX, 2), np.int64),
-        datagram=np.zeros(1, layout.DATAGRAM),
-        copy_mmsg=np.zeros((layout.RINGS_MAX, COPY_SLOTS), layout.MMSGHDR),
-        copy_iovecs=np.zeros((layout.RINGS_MAX, COPY_SLOTS), layout.IOVEC),
-        copy_arena=np.zeros((layout.RINGS_MAX, COPY_SLOTS, COPY_SLOT_BYTES), np.uint8),
-        pollfds=np.zeros(1 + layout.RINGS_MAX, POLLFD),
-        timespec=np.zeros(2, np.int64),
-        egress_fds=np.full(layout.OUTPUTS_MAX, -1, np.int32),
-        gso_state=np.zeros(layout.OUTPUTS_MAX, np.int8),
-        stats=stats[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER),
-        rule_stats=stats[layout.STATS_RULES_OFFSET : rule_end].view(layout.RULE_STATS),
-        output_stats=stats[layout.STATS_OUTPUTS_OFFSET : layout.STATS_BYTES].view(layout.OUTPUT_STATS),
-        reported=np.zeros(layout.DROP_CAUSES, np.int64),
-        log_dataplane=logs[0],
-        log_ingress=logs[1],
-        log_egress=logs[2],
-        log_bufferpool=logs[3],
-    )
-    memory.state[0]["window"] = 1
-    _link_send_slots(memory)
-    _link_copy_slots(memory)
-    return memory
+    def __init__(self, sqes: Any, cqes: Any, stats: Any, logs: tuple[Any, Any, Any, Any]) -> None:
+        """Allocate and link what does not depend on rings or rules.
 
+        `stats` is the mapped u1 array of the stats segment; `logs` the mapped DataPlane, Ingress, Egress and
+        BufferPool segments.
+        """
+        rules_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
+        self.arrays: dict[str, Any] = {name: np.zeros(count, dtype) for name, dtype, count in ARRAYS if count}
+        self.arrays |= {
+            "sqes": sqes,
+            "cqes": cqes,
+            "stats": stats[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER),
+            "rule_stats": stats[layout.STATS_RULES_OFFSET : rules_end].view(layout.RULE_STATS),
+            "output_stats": stats[layout.STATS_OUTPUTS_OFFSET : layout.STATS_BYTES].view(layout.OUTPUT_STATS),
+        }
+        self.arrays |= dict(zip(("log_dataplane", "log_ingress", "log_egress", "log_bufferpool"), logs, strict=True))
+        self._record = np.zeros(1, WORKER)
+        self.worker: Any = self._record[0]
+        for name, array in self.arrays.items():
+            self.worker[name] = address_of(array)
+        self.worker["window"] = 1
+        self.arrays["egress_fds"]["value"] = -1
+        self._link_sends()
+        self._link_copies()
 
-def _link_send_slots(memory: Memory) -> None:
-    base = address_of(memory.slots)
-    slot_bytes = layout.SEND_SLOT.itemsize
-    addresses = base + np.arange(SQ_ENTRIES, dtype=np.int64) * slot_bytes
-    message = memory.slots["msg"]
-    message["msg_iov"] = addresses + layout.offset_of(layout.SEND_SLOT, "iov")
-    message["msg_iovlen"] = 1
-    message["msg_control"] = addresses + layout.offset_of(layout.SEND_SLOT, "control")
-    memory.slots["name"]["sin_family"] = 2  # AF_INET
+    def __getitem__(self, name: str) -> Any:
+        """An array by its name in ARRAYS."""
+        return self.arrays[name]
 
+    def _link_sends(self) -> None:
+        """Fill what is the same in every send: only this worker writes SQEs, and the kernel never does."""
+        slots, sqes = self.arrays["slots"], self.arrays["sqes"]
+        index = np.arange(SQ_ENTRIES)
+        slots["name"]["sin_family"] = layout.AF_INET
+        slots["msg"]["msg_iovlen"] = 1
+        sqes["opcode"] = layout.IORING_OP_SENDMSG
+        sqes["addr"] = address_of(slots) + index * layout.SEND_SLOT.itemsize
+        sqes["len"] = 1
+        sqes["msg_flags"] = layout.MSG_DONTWAIT | layout.MSG_NOSIGNAL
+        sqes["user_data"] = index
 
-def _link_copy_slots(memory: Memory) -> None:
-    arena = address_of(memory.copy_arena)
-    index = np.arange(layout.RINGS_MAX * COPY_SLOTS, dtype=np.int64).reshape(layout.RINGS_MAX, COPY_SLOTS)
-    memory.copy_iovecs["iov_base"] = arena + index * COPY_SLOT_BYTES
-    memory.copy_iovecs["iov_len"] = COPY_SLOT_BYTES
-    header = memory.copy_mmsg["msg_hdr"]
-    header["msg_iov"] = address_of(memory.copy_iovecs) + index * layout.IOVEC.itemsize
-    header["msg_iovlen"] = 1
+    def _link_copies(self) -> None:
+        index = np.arange(layout.RINGS_MAX * COPY_SLOTS, dtype=np.int64)
+        iovecs, header = self.arrays["copy_iovecs"], self.arrays["copy_mmsg"]["msg_hdr"]
+        iovecs["iov_base"] = address_of(self.arrays["copy_arena"]) + index * COPY_SLOT_BYTES
+        iovecs["iov_len"] = COPY_SLOT_BYTES
+        header["msg_iov"] = address_of(iovecs) + index * layout.IOVEC.itemsize
+        header["msg_iovlen"] = 1

@@ -6,10 +6,9 @@ Nothing outside [frame, frame + frame_bytes) is ever read.
 
 from typing import Any
 
-from numba import njit
-
 from logging_shm.atomics import int64, load_u8, load_u16, load_u32
 from relay.dataplane.layout import VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_UDP_L4, DropCause
+from relay.dataplane.records import compiled
 
 ETH_HLEN = 14
 ETH_P_IP = 0x0800
@@ -28,20 +27,20 @@ FRAGMENT = int(DropCause.FRAGMENT)
 CHECKSUM = int(DropCause.CHECKSUM)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def be16(address: int) -> int:
     """The big-endian 16-bit number at `address`, as int64."""
     raw = int64(load_u16(address))
     return ((raw & 0xFF) << 8) | (raw >> 8)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def be32(address: int) -> int:
     """The big-endian 32-bit number at `address`, as int64."""
     return (be16(address) << 16) | be16(address + 2)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def ones_complement_sum(address: int, length: int) -> int:
     """RFC 1071 sum of `length` bytes at `address`, in memory byte order, folded to 16 bits."""
     total = int64(0)
@@ -59,7 +58,7 @@ def ones_complement_sum(address: int, length: int) -> int:
     return total
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def udp_checksum_is_right(ip: int, udp: int, udp_bytes: int) -> bool:
     """Verify the UDP checksum over pseudo-header and payload; 0 in the header means none was sent."""
     if load_u16(udp + 6) == 0:
@@ -72,7 +71,7 @@ def udp_checksum_is_right(ip: int, udp: int, udp_bytes: int) -> bool:
     return total == 0xFFFF
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def parse(  # noqa: PLR0911 - one return a cause keeps the order of checks visible
     frame: int, frame_bytes: int, gso_type: int, gso_size: int, checksum_trusted: bool, datagram: Any
 ) -> int:

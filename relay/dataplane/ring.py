@@ -8,10 +8,19 @@ Source: Documentation/networking/packet_mmap.rst, net/packet/af_packet.c (tpacke
 
 from typing import Any
 
-from numba import njit
-
-from logging_shm.atomics import int64, load_acquire_u32, load_u8, load_u16, load_u32, store_release_u32
+from logging_shm.atomics import (
+    int64,
+    load_acquire_u32,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    prefetch_read,
+    store_release_u32,
+)
 from relay.dataplane.layout import (
+    MMSGHDR,
+    MSG_DONTWAIT,
     PACKET_OTHERHOST,
     SOCKADDR_LL,
     TP_STATUS_COPY,
@@ -23,8 +32,9 @@ from relay.dataplane.layout import (
     DropCause,
     offset_of,
 )
-from relay.dataplane.memory import COPY_SLOT_BYTES, COPY_SLOTS
+from relay.dataplane.memory import COPY_SLOT_BYTES, COPY_SLOTS, iovec_at, mmsg_at, ring_at
 from relay.dataplane.parse import parse
+from relay.dataplane.records import compiled
 from relay.dataplane.syscalls import recvmmsg
 
 TP_LEN = offset_of(TPACKET2_HDR, "tp_len")
@@ -34,73 +44,75 @@ PKTTYPE = TPACKET2_HDR.itemsize + offset_of(SOCKADDR_LL, "sll_pkttype")
 VNET_BYTES = VIRTIO_NET_HDR.itemsize
 VNET_GSO_TYPE = offset_of(VIRTIO_NET_HDR, "gso_type")
 VNET_GSO_SIZE = offset_of(VIRTIO_NET_HDR, "gso_size")
+MMSG_BYTES = MMSGHDR.itemsize
+CACHE_LINE_BYTES = 64
 NO_SLOT = -1
 COMPARED_BYTES_MAX = 256  # both headers and more payload than two neighbours of a stream share
-MSG_DONTWAIT = 0x40
 TRUNCATED = int(DropCause.TRUNCATED)
 NO_MATCH = int(DropCause.NO_MATCH)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
-def slot_address(ring: Any, position: int) -> int:
-    """The address of a slot, `position` frames after the cursor."""
-    return ring.base + ((ring.cursor + position) % ring.frames) * ring.frame_bytes
-
-
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def is_filled(slot: int) -> bool:
     """Whether the kernel has handed this slot over."""
     return (int64(load_acquire_u32(slot)) & TP_STATUS_USER) != 0
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
+def prefetch_frame(slot: int) -> None:
+    """Have the lines of a slot that hold its header and the frame's headers fetched from the core that wrote them."""
+    prefetch_read(slot)
+    prefetch_read(slot + CACHE_LINE_BYTES)
+
+
+@compiled
 def fetch_copies(m: Any, ring_index: int) -> None:
     """Refill this ring's copy arena with frames from the socket's receive queue. None of it is in use."""
-    ring = m.rings[ring_index]
-    count = recvmmsg(
-        ring.fd, m.copy_mmsg.ctypes.data + ring_index * m.copy_mmsg.strides[0], COPY_SLOTS, MSG_DONTWAIT, 0
-    )
+    ring = ring_at(m.rings, ring_index)
+    first = m.copy_mmsg + ring_index * COPY_SLOTS * MMSG_BYTES
     ring.copy_next = 0
-    ring.copy_count = max(count, 0)
+    ring.copy_count = max(recvmmsg(ring.fd, first, COPY_SLOTS, MSG_DONTWAIT, 0), 0)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
-def copy_is_of_slot(m: Any, ring_index: int, slot: int) -> bool:
-    """Whether the next fetched frame is the one whose beginning `slot` holds."""
-    ring = m.rings[ring_index]
-    copy = m.copy_iovecs[ring_index, ring.copy_next].iov_base + VNET_BYTES
-    copy_bytes = int64(m.copy_mmsg[ring_index, ring.copy_next].msg_len) - VNET_BYTES
+@compiled
+def copy_is_of_slot(copy: int, copy_bytes: int, slot: int) -> bool:
+    """Whether the fetched frame at `copy` is the one whose beginning `slot` holds."""
     if copy_bytes != int64(load_u32(slot + TP_LEN)):
         return False
     head = slot + int64(load_u16(slot + TP_MAC))
     compared_bytes = min(int64(load_u32(slot + TP_SNAPLEN)), COMPARED_BYTES_MAX)
-    for i in range(compared_bytes):
-        if load_u8(head + i) != load_u8(copy + i):
+    for at in range(0, compared_bytes - 7, 8):
+        if load_i64(head + at) != load_i64(copy + at):
+            return False
+    for at in range(compared_bytes & ~7, compared_bytes):
+        if load_u8(head + at) != load_u8(copy + at):
             return False
     return True
 
 
-@njit(cache=True, nogil=True, _nrt=False)
-def needs_fetch(m: Any, ring_index: int, slot: int) -> bool:
+@compiled
+def needs_fetch(ring: Any, slot: int) -> bool:
     """Whether the frame of `slot` is a copy and the arena has none left: drain, then `fetch_copies`."""
-    ring = m.rings[ring_index]
     return (int64(load_u32(slot)) & TP_STATUS_COPY) != 0 and ring.copy_next >= ring.copy_count
 
 
-@njit(cache=True, nogil=True, _nrt=False)
-def read_frame(m: Any, ring_index: int, slot: int) -> int:
-    """Parse the frame of a filled slot into `m.datagram[0]`; return its DropCause."""
-    ring = m.rings[ring_index]
+@compiled
+def read_frame(m: Any, ring: Any, ring_index: int, slot: int) -> int:
+    """Parse the frame of a filled slot into `m.datagram`; return its DropCause."""
     status = int64(load_u32(slot))
     frame = slot + int64(load_u16(slot + TP_MAC))
     frame_bytes = int64(load_u32(slot + TP_SNAPLEN))
-    m.datagram[0].datagrams = 1
-    m.datagram[0].payload_bytes = 0
+    datagram = m.datagram
+    datagram.datagrams = 1
+    datagram.payload_bytes = 0
     if status & TP_STATUS_COPY:
-        if ring.copy_next >= ring.copy_count or not copy_is_of_slot(m, ring_index, slot):
+        if ring.copy_next >= ring.copy_count:
             return TRUNCATED
-        frame = m.copy_iovecs[ring_index, ring.copy_next].iov_base + VNET_BYTES
-        frame_bytes = int64(m.copy_mmsg[ring_index, ring.copy_next].msg_len) - VNET_BYTES
+        index = ring_index * COPY_SLOTS + ring.copy_next
+        frame = iovec_at(m.copy_iovecs, index).iov_base + VNET_BYTES
+        frame_bytes = int64(mmsg_at(m.copy_mmsg, index).msg_len) - VNET_BYTES
+        if not copy_is_of_slot(frame, frame_bytes, slot):
+            return TRUNCATED
         ring.copy_next += 1
         if frame_bytes > COPY_SLOT_BYTES - VNET_BYTES:
             return TRUNCATED
@@ -114,20 +126,24 @@ def read_frame(m: Any, ring_index: int, slot: int) -> int:
         int64(load_u8(frame - VNET_BYTES + VNET_GSO_TYPE)),
         int64(load_u16(frame - VNET_BYTES + VNET_GSO_SIZE)),
         (status & (TP_STATUS_CSUM_VALID | TP_STATUS_CSUMNOTREADY)) != 0,
-        m.datagram[0],
+        datagram,
     )
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def release(ring: Any) -> None:
     """Give the frames of this pass back to the kernel, in order, once nothing reads them any more."""
-    for i in range(ring.taken):
-        store_release_u32(slot_address(ring, i), 0)
-    ring.cursor = (ring.cursor + ring.taken) % ring.frames
+    position = ring.cursor
+    for _ in range(ring.taken):
+        store_release_u32(ring.base + position * ring.frame_bytes, 0)
+        position += 1
+        if position == ring.frames:
+            position = 0
+    ring.cursor = position
     ring.taken = 0
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def find_cursor(base: int, frames: int, frame_bytes: int, sent: int) -> int:
     """Where to go on in a ring that was read before; all arguments but `base` count slots or bytes.
 

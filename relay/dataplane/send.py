@@ -11,11 +11,9 @@ first segmented message of a socket is completed alone. So falling back never re
 import errno
 from typing import Any
 
-from numba import njit
-
 from logging_shm.atomics import int64, load_acquire_u32, store_i32, store_i64, store_release_u32, store_u16
 from logging_shm.compiled import enabled, write_event
-from relay.dataplane import events
+from relay.dataplane import events, layout
 from relay.dataplane.layout import (
     CMSG_IP_PKTINFO_BYTES,
     CMSG_IP_TTL_BYTES,
@@ -25,16 +23,28 @@ from relay.dataplane.layout import (
     OUTPUT_PRESERVE_SOURCE,
     OUTPUT_TTL_DECREMENT,
     SEND_SLOT,
+    UDP_SEGMENTS_MAX,
     DropCause,
     offset_of,
 )
-from relay.dataplane.memory import SQ_ENTRIES
+from relay.dataplane.memory import (
+    SQ_ENTRIES,
+    batch_at,
+    cqe_at,
+    i32_at,
+    i64_at,
+    iovec_at,
+    output_stats_at,
+    retry_at,
+    slot_at,
+    sqe_at,
+    stats_at,
+    u8_at,
+)
+from relay.dataplane.records import compiled, record_at
 from relay.dataplane.syscalls import io_uring_enter
 
-IORING_OP_SENDMSG = 9
 IORING_ENTER_GETEVENTS = 1
-MSG_DONTWAIT = 0x40
-MSG_NOSIGNAL = 0x4000
 SOL_UDP = 17
 UDP_SEGMENT = 103
 IPPROTO_IP = 0
@@ -57,6 +67,12 @@ EINVAL = errno.EINVAL
 EIO = errno.EIO
 EMSGSIZE = errno.EMSGSIZE
 EOPNOTSUPP = errno.EOPNOTSUPP
+output_at = record_at(layout.OUTPUT)
+SLOT_BYTES = SEND_SLOT.itemsize
+IOVEC_BYTES = layout.IOVEC.itemsize
+BATCH_IOVECS_BYTES = layout.UDP_SEGMENTS_MAX * IOVEC_BYTES
+ERRNO_COUNTS_OFFSET = offset_of(layout.STATS_HEADER, "errno_counts")
+DROPS_OFFSET = offset_of(layout.STATS_HEADER, "drops")
 NAME_OFFSET = offset_of(SEND_SLOT, "name")
 IOV_OFFSET = offset_of(SEND_SLOT, "iov")
 CONTROL_OFFSET = offset_of(SEND_SLOT, "control")
@@ -65,13 +81,13 @@ DROP_EGRESS_FULL = int(DropCause.EGRESS_FULL)
 DROP_SEND_ERROR = int(DropCause.SEND_ERROR)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def swap32(value: int) -> int:
     """`value` with its four bytes reversed."""
     return ((value & 0xFF) << 24) | ((value & 0xFF00) << 8) | ((value >> 8) & 0xFF00) | ((value >> 24) & 0xFF)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def write_control(control: int, segment_bytes: int, ttl: int, source: int) -> int:
     """Write the control messages at `control`; return their length. 0 leaves a message out.
 
@@ -101,7 +117,7 @@ def write_control(control: int, segment_bytes: int, ttl: int, source: int) -> in
     return at - control
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def push(
     m: Any,
     t: Any,
@@ -116,11 +132,11 @@ def push(
 
     The message gathers `iovecs` IOVEC records at address `iov`; `segment_bytes` 0 sends it unsegmented.
     """
-    state = m.state[0]
-    index = state.sq_tail & state.sq_mask
-    batch = m.batches[batch_index]
-    output = t.outputs[output_index]
-    slot = m.slots[index]
+    index = m.sq_tail & m.sq_mask
+    batch = batch_at(m.batches, batch_index)
+    output = output_at(t.outputs, output_index)
+    slot = slot_at(m.slots, index)
+    address = m.slots + index * SLOT_BYTES
     message = slot.msg
     message.msg_iov = iov
     message.msg_iovlen = iovecs
@@ -130,9 +146,9 @@ def push(
     else:
         slot.name.sin_port = output.port
         slot.name.sin_addr = output.addr
-        message.msg_name = m.slots.ctypes.data + index * m.slots.itemsize + NAME_OFFSET
+        message.msg_name = address + NAME_OFFSET
         message.msg_namelen = SOCKADDR_IN_BYTES
-    control = m.slots.ctypes.data + index * m.slots.itemsize + CONTROL_OFFSET
+    control = address + CONTROL_OFFSET
     ttl = int64(batch.ttl) - 1 if output.flags & OUTPUT_TTL_DECREMENT else 0
     source = int64(batch.src) if output.flags & OUTPUT_PRESERVE_SOURCE else 0
     control_bytes = write_control(control, segment_bytes, ttl, source)
@@ -142,148 +158,145 @@ def push(
     slot.batch = batch_index
     slot.datagrams = datagrams
     slot.gso = segment_bytes
-
-    sqe = m.sqes[index]
-    sqe.opcode = IORING_OP_SENDMSG
-    sqe.flags = 0
-    sqe.fd = m.egress_fds[output.socket]
-    sqe.addr = m.slots.ctypes.data + index * m.slots.itemsize
-    sqe.len = 1
-    sqe.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL
-    sqe.user_data = index
-    state.sq_tail += 1
-    state.queued += 1
+    sqe_at(m.sqes, index).fd = i32_at(m.egress_fds, output.socket).value
+    m.sq_tail += 1
+    m.queued += 1
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def count_sent(m: Any, output_index: int, datagrams: int, sent_bytes: int) -> None:
     """Account a completed send."""
-    stats = m.output_stats[output_index]
-    stats.packets += datagrams
-    stats.bytes += sent_bytes
-    m.stats[0].packets_relayed += datagrams
-    m.stats[0].bytes_relayed += sent_bytes
+    output = output_stats_at(m.output_stats, output_index)
+    output.packets += datagrams
+    output.bytes += sent_bytes
+    stats = stats_at(m.stats, 0)
+    stats.packets_relayed += datagrams
+    stats.bytes_relayed += sent_bytes
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
+def count_drops(m: Any, cause: int, datagrams: int) -> None:
+    """Account datagrams that go no further under their DropCause."""
+    i64_at(m.stats + DROPS_OFFSET, cause).value += datagrams
+
+
+@compiled
 def count_failed(m: Any, output_index: int, datagrams: int, error: int) -> None:
     """Account a refused send under its cause: no room, or an error by its number."""
-    stats = m.output_stats[output_index]
+    output = output_stats_at(m.output_stats, output_index)
     if error in (EAGAIN, ENOBUFS):
-        stats.drops_full += datagrams
-        m.stats[0].drops[DROP_EGRESS_FULL] += datagrams
+        output.drops_full += datagrams
+        count_drops(m, DROP_EGRESS_FULL, datagrams)
         return
-    stats.drops_error += datagrams
-    stats.last_errno = error
-    m.stats[0].drops[DROP_SEND_ERROR] += datagrams
-    m.stats[0].errno_counts[min(error, ERRNO_MAX - 1)] += datagrams
+    output.drops_error += datagrams
+    output.last_errno = error
+    count_drops(m, DROP_SEND_ERROR, datagrams)
+    i64_at(m.stats + ERRNO_COUNTS_OFFSET, min(error, ERRNO_MAX - 1)).value += datagrams
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def reap_one(m: Any, t: Any, index: int, result: int) -> None:
     """Account one completion; a refused segmentation is kept for `complete_all` to send singly."""
-    state = m.state[0]
-    slot = m.slots[index]
-    socket = t.outputs[slot.output].socket
+    slot = slot_at(m.slots, index)
+    gso_state = u8_at(m.gso_states, output_at(t.outputs, slot.output).socket)
     if result >= 0:
-        if slot.gso and m.gso_state[socket] == GSO_UNKNOWN:
-            m.gso_state[socket] = GSO_WORKS
+        if slot.gso and gso_state.value == GSO_UNKNOWN:
+            gso_state.value = GSO_WORKS
         count_sent(m, slot.output, slot.datagrams, result)
-        if state.trace:
+        if m.trace:
             written = (slot.output, slot.datagrams, result)
-            write_event(m.log_egress, SEVERITY_DEBUG, events.SENT, state.now_ns, written)
+            write_event(m.log_egress, SEVERITY_DEBUG, events.SENT, m.now_ns, written)
         return
     error = -result
     if slot.gso and error in (EIO, EINVAL, EMSGSIZE, EOPNOTSUPP):
-        if m.gso_state[socket] != GSO_REFUSED:
-            m.gso_state[socket] = GSO_REFUSED
+        if gso_state.value != GSO_REFUSED:
+            gso_state.value = GSO_REFUSED
             write_event(m.log_egress, SEVERITY_WARNING, events.GSO_REFUSED, 0, (error, slot.output, slot.gso))
-        m.retry[state.retries, 0] = slot.output
-        m.retry[state.retries, 1] = slot.batch
-        state.retries += 1
+        retry = retry_at(m.retries, m.retry_count)
+        retry.output = slot.output
+        retry.batch = slot.batch
+        m.retry_count += 1
         return
     count_failed(m, slot.output, slot.datagrams, error)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def submit_and_reap(m: Any, t: Any) -> None:
     """Submit every queued SQE and wait for all completions. Sends never block, so this is one call."""
-    state = m.state[0]
-    outstanding = state.queued
+    outstanding = m.queued
     unsubmitted = outstanding
-    store_release_u32(state.sq_tail_ptr, state.sq_tail)
-    m.stats[0].sends += outstanding
-    state.queued = 0
+    store_release_u32(m.sq_tail_ptr, m.sq_tail)
+    stats_at(m.stats, 0).sends += outstanding
+    m.queued = 0
     while outstanding > 0:  # each turn submits or reaps at least one, or the ring is broken
-        result = io_uring_enter(state.uring_fd, unsubmitted, outstanding, IORING_ENTER_GETEVENTS, 0)
+        result = io_uring_enter(m.uring_fd, unsubmitted, outstanding, IORING_ENTER_GETEVENTS, 0)
         if result > 0:
             unsubmitted -= result
         elif result < 0 and -result not in (EINTR, EAGAIN):
             raise RuntimeError("io_uring_enter failed")
-        head = int64(load_acquire_u32(state.cq_head_ptr))
-        tail = int64(load_acquire_u32(state.cq_tail_ptr))
+        head = int64(load_acquire_u32(m.cq_head_ptr))
+        tail = int64(load_acquire_u32(m.cq_tail_ptr))
         while head != tail:
-            cqe = m.cqes[head & state.cq_mask]
+            cqe = cqe_at(m.cqes, head & m.cq_mask)
             reap_one(m, t, cqe.user_data, cqe.res)
             outstanding -= 1
             head = (head + 1) & 0xFFFFFFFF
-        store_release_u32(state.cq_head_ptr, head)
+        store_release_u32(m.cq_head_ptr, head)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def push_singly(m: Any, t: Any, output_index: int, batch_index: int) -> None:
     """Send each datagram of a batch as a message of its own."""
-    batch = m.batches[batch_index]
-    iov_base = m.slots.ctypes.data + IOV_OFFSET
+    batch = batch_at(m.batches, batch_index)
     for i in range(batch.iovecs):
-        source = m.iovecs[batch_index, i]
+        source = iovec_at(m.iovecs, batch_index * UDP_SEGMENTS_MAX + i)
         offset = int64(0)
         for _ in range(batch.datagrams):
-            index = m.state[0].sq_tail & m.state[0].sq_mask
+            index = m.sq_tail & m.sq_mask
             length = min(int64(batch.segment_bytes), source.iov_len - offset)
-            m.slots[index].iov.iov_base = source.iov_base + offset
-            m.slots[index].iov.iov_len = length
-            push(m, t, output_index, batch_index, iov_base + index * m.slots.itemsize, 1, 1, 0)
-            if m.state[0].queued == SQ_ENTRIES:
+            iovec = slot_at(m.slots, index).iov
+            iovec.iov_base = source.iov_base + offset
+            iovec.iov_len = length
+            push(m, t, output_index, batch_index, m.slots + index * SLOT_BYTES + IOV_OFFSET, 1, 1, 0)
+            if m.queued == SQ_ENTRIES:
                 submit_and_reap(m, t)
             offset += length
             if offset >= source.iov_len:
                 break
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def complete_all(m: Any, t: Any) -> None:
     """Submit, reap, and send singly what could not leave segmented. Afterwards nothing is in flight."""
-    state = m.state[0]
-    if state.queued:
+    if m.queued:
         submit_and_reap(m, t)
-    retries = state.retries
+    retries = m.retry_count
     if retries == 0:
         return
-    state.retries = 0
+    m.retry_count = 0
     for i in range(retries):
-        push_singly(m, t, m.retry[i, 0], m.retry[i, 1])
-    if state.queued:
+        retry = retry_at(m.retries, i)
+        push_singly(m, t, retry.output, retry.batch)
+    if m.queued:
         submit_and_reap(m, t)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def send_batch(m: Any, t: Any, output_index: int, batch_index: int) -> None:
     """Queue a closed batch for one output."""
-    state = m.state[0]
-    batch = m.batches[batch_index]
-    output = t.outputs[output_index]
+    batch = batch_at(m.batches, batch_index)
+    output = output_at(t.outputs, output_index)
     if output.flags & OUTPUT_TTL_DECREMENT and batch.ttl <= 1:
-        m.output_stats[output_index].drops_ttl += batch.datagrams
-        m.stats[0].drops[DROP_TTL] += batch.datagrams
+        output_stats_at(m.output_stats, output_index).drops_ttl += batch.datagrams
+        count_drops(m, DROP_TTL, batch.datagrams)
         return
-    if state.queued == SQ_ENTRIES:
+    if m.queued == SQ_ENTRIES:
         complete_all(m, t)
-    iov = m.iovecs.ctypes.data + batch_index * m.iovecs.strides[0]
+    iov = m.iovecs + batch_index * BATCH_IOVECS_BYTES
     if batch.datagrams == 1:
         push(m, t, output_index, batch_index, iov, 1, 1, 0)
         return
-    gso = m.gso_state[output.socket]
+    gso = u8_at(m.gso_states, output.socket).value
     if gso == GSO_REFUSED or batch.segment_bytes > output.gso_segment_bytes_max:
         push_singly(m, t, output_index, batch_index)
         return
@@ -294,7 +307,7 @@ def send_batch(m: Any, t: Any, output_index: int, batch_index: int) -> None:
         complete_all(m, t)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def trace_is_on(m: Any) -> bool:
     """Whether per-packet records are wanted: asked once a pass."""
     return enabled(m.log_ingress, SEVERITY_DEBUG) or enabled(m.log_egress, SEVERITY_DEBUG)

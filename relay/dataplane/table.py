@@ -15,22 +15,22 @@ import numpy as np
 
 from relay.dataplane import layout
 from relay.dataplane.hashing import hash_key
-from relay.dataplane.memory import TABLE_ENTRIES_MAX, Table
+from relay.dataplane.memory import TABLE_ENTRIES_MAX, address_of
 from relay.errors import RuleError
 
 F_ADD_SEALS = 1033  # linux/fcntl.h
 F_SEALS = 0x0001 | 0x0002 | 0x0004 | 0x0008  # F_SEAL_SEAL | SHRINK | GROW | WRITE
 ALIGNMENT_BYTES = 64
 
-# The arrays behind the header: their count's name in TABLE_HEADER and their layout, in file order.
-SECTIONS: tuple[tuple[str, Any], ...] = (
-    ("key_slots", layout.KEY),
-    ("entries", layout.ENTRY),
-    ("routes", layout.ROUTE),
-    ("route_outputs", np.dtype("<u4")),
-    ("outputs", layout.OUTPUT),
-    ("own_slots", layout.OWN_SOURCE),
-    ("rules", layout.RULE_NAME),
+# The arrays behind the header: their name in TABLE, their count's in TABLE_HEADER, and their layout, in file order.
+SECTIONS: tuple[tuple[str, str, Any], ...] = (
+    ("keys", "key_slots", layout.KEY),
+    ("entries", "entries", layout.ENTRY),
+    ("routes", "routes", layout.ROUTE),
+    ("route_outputs", "route_outputs", layout.ROUTE_OUTPUT),
+    ("outputs", "outputs", layout.OUTPUT),
+    ("own", "own_slots", layout.OWN_SOURCE),
+    ("rule_names", "rules", layout.RULE_NAME),
 )
 
 
@@ -182,7 +182,7 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
         _hash_keys(list(grouped)),
         entries,
         np.array(routes, layout.ROUTE),
-        np.array(route_outputs, np.dtype("<u4")),
+        np.array(route_outputs, np.dtype("<u4")).view(layout.ROUTE_OUTPUT),
         outputs,
         _hash_own(own),
         names,
@@ -190,7 +190,7 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
     header = np.zeros(1, layout.TABLE_HEADER)
     header["magic"] = layout.TABLE_MAGIC
     header["generation"] = generation
-    for (count_name, _), array in zip(SECTIONS, arrays, strict=True):
+    for (_, count_name, _), array in zip(SECTIONS, arrays, strict=True):
         header[count_name] = len(array)
     parts = [header.tobytes(), *(array.tobytes() for array in arrays)]
     return b"".join(part.ljust(-(-len(part) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, b"\0") for part in parts)
@@ -210,8 +210,27 @@ def publish(table: bytes) -> int:
     return fd
 
 
-def map_table(fd: int) -> tuple[Table, int]:
-    """Map a published table, its pages present; return its views and its generation.
+class Table:
+    """Views of a table's arrays by their names in SECTIONS, and `view`, the TABLE record that compiled code takes."""
+
+    def __init__(self, generation: int, arrays: dict[str, Any]) -> None:
+        self.generation = generation
+        self.arrays = arrays
+        self._record = np.zeros(1, layout.TABLE)
+        self.view: Any = self._record[0]
+        self.view["generation"] = generation
+        self.view["keys_mask"] = len(arrays["keys"]) - 1
+        self.view["own_mask"] = len(arrays["own"]) - 1
+        for name, array in arrays.items():
+            self.view[name] = address_of(array)
+
+    def __getitem__(self, name: str) -> Any:
+        """An array by its name."""
+        return self.arrays[name]
+
+
+def map_table(fd: int) -> Table:
+    """Map a published table, its pages present.
 
     Raises ValueError when the file is no table.
     """
@@ -220,15 +239,15 @@ def map_table(fd: int) -> tuple[Table, int]:
     return view_table(mapped)
 
 
-def view_table(buffer: Any) -> tuple[Table, int]:
-    """The views of a table's bytes. Raises ValueError when they are no table."""
+def view_table(buffer: Any) -> Table:
+    """The views of a table's bytes, which must stay in place. Raises ValueError when they are no table."""
     header = np.frombuffer(buffer, layout.TABLE_HEADER, count=1)[0]
     if header["magic"] != layout.TABLE_MAGIC:
         raise ValueError("not a rule table")
     at = -(-layout.TABLE_HEADER.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    views = []
-    for count_name, dtype in SECTIONS:
+    arrays = {}
+    for name, count_name, dtype in SECTIONS:
         count = int(header[count_name])
-        views.append(np.frombuffer(buffer, dtype, count=count, offset=at))
+        arrays[name] = np.frombuffer(buffer, dtype, count=count, offset=at)
         at += -(-count * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return Table(*views), int(header["generation"])
+    return Table(int(header["generation"]), arrays)

@@ -32,16 +32,16 @@ def load_compiled_code() -> None:
     """Compile the loop, or load it from the cache: run it once, with empty rings and nothing to do."""
     load_liburing()
     log = np.zeros(LOG_BYTES, np.uint8)
-    worker_memory = memory.allocate(
+    worker_memory = memory.Memory(
         np.zeros(memory.SQ_ENTRIES, layout.IO_URING_SQE),
         np.zeros(2 * memory.SQ_ENTRIES, layout.IO_URING_CQE),
         np.zeros(layout.STATS_BYTES, np.uint8),
         (log, log, log, log),
     )
-    worker_memory.state[0]["draining"] = 1
-    worker_memory.state[0]["control_fd"] = -1
-    table, _ = view_table(compile_table((), (), 0))
-    reason = loop.run(worker_memory, table)
+    worker_memory.worker["draining"] = 1
+    worker_memory.worker["control_fd"] = -1
+    table = view_table(compile_table((), (), 0))
+    reason = loop.run(worker_memory.worker, table.view)
     assert reason == loop.DRAINED
     frame = np.zeros(layout.TPACKET2_HDR.itemsize, np.uint8)
     find_cursor(memory.address_of(frame), 1, len(frame), 0)

@@ -55,17 +55,17 @@ class Worker:
             self.logging.segment(facility)
             for facility in (Facility.DataPlane, Facility.Ingress, Facility.Egress, Facility.BufferPool)
         )
-        self.memory = memory.allocate(self.uring.sqes, self.uring.cqes, self.stats.bytes, segments)
-        self.table = view_table(compile_table((), (), 0))[0]
+        self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, self.stats.bytes, segments)
+        self.table = view_table(compile_table((), (), 0))
         self.rings: dict[int, tuple[socket.socket, mmap.mmap]] = {}
-        state = self.memory.state[0]
+        state = self.memory.worker
         self.uring.attach(state)
         state["control_fd"] = channel.fileno()
         state["idle_mode"] = IDLE_MODES[idle]
         state["spin_ns"] = SPIN_NS
         state["nap_ns"] = NAP_NS
         state["doorbell_seen"] = self.stats.header["doorbell"]
-        self.memory.reported[:] = self.stats.header["drops"]
+        self.memory["reported"]["value"] = self.stats.header["drops"]
         self.stats.header["pid"] = os.getpid()
 
     def run(self) -> None:
@@ -73,7 +73,7 @@ class Worker:
         self.log.info(f"Data plane worker started on core {self.core}")
         self.channel.send(Started())
         while True:
-            reason = loop.run(self.memory, self.table)
+            reason = loop.run(self.memory.worker, self.table.view)
             if reason == loop.DRAINED:
                 return
             try:
@@ -84,7 +84,7 @@ class Worker:
 
     def obey(self) -> None:
         """Carry out the supervisor's messages that wait."""
-        self.memory.state[0]["doorbell_seen"] = self.stats.header["doorbell"]
+        self.memory.worker["doorbell_seen"] = self.stats.header["doorbell"]
         while True:
             try:
                 message, descriptors = self.channel.receive()
@@ -102,18 +102,18 @@ class Worker:
                     for number in message.numbers:
                         self.set_socket(number, -1)
                 case SetTable():
-                    self.table, generation = map_table(descriptors[0])
+                    self.table = map_table(descriptors[0])
                     os.close(descriptors[0])
-                    self.stats.header["generation_seen"] = generation
-                    self.channel.send(TableInUse(generation))
+                    self.stats.header["generation_seen"] = self.table.generation
+                    self.channel.send(TableInUse(self.table.generation))
 
     def set_socket(self, number: int, descriptor: int) -> None:
         """Put an egress socket under its number, or none with -1; nothing is in flight between passes."""
-        former = int(self.memory.egress_fds[number])
+        former = int(self.memory["egress_fds"]["value"][number])
         if former >= 0:
             os.close(former)
-        self.memory.egress_fds[number] = descriptor
-        self.memory.gso_state[number] = 0
+        self.memory["egress_fds"]["value"][number] = descriptor
+        self.memory["gso_states"]["value"][number] = 0
 
     def add_ring(self, message: AddRing, descriptor: int) -> None:
         """Map a packet ring and go on where its last reader left off."""
@@ -121,7 +121,7 @@ class Worker:
         ring_bytes = message.frame_bytes * message.frame_count
         mapped = mmap.mmap(descriptor, ring_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         base = address_of(np.frombuffer(mapped, np.uint8))
-        ring = self.memory.rings[message.index]
+        ring = self.memory["rings"][message.index]
         ring["fd"] = descriptor
         ring["base"] = base
         ring["frame_bytes"] = message.frame_bytes
@@ -142,7 +142,7 @@ class Worker:
         held = self.rings.pop(index, None)
         if held is None:
             return
-        self.memory.rings[index]["active"] = 0
+        self.memory["rings"][index]["active"] = 0
         self.stats.header["ring_sent"][index] = 0
         held[0].close()
 
@@ -152,7 +152,7 @@ class Worker:
         program = struct.pack("HxxxxxxP", 1, ctypes.addressof(code))
         for packet_socket, _ in self.rings.values():
             packet_socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-        self.memory.state[0]["draining"] = 1
+        self.memory.worker["draining"] = 1
 
 
 def main(core: int, instance: str | None, idle: str, end: socket.socket) -> None:
