@@ -11,7 +11,7 @@ and counts it, or, where the segment says so, overwrites the oldest.
 
 from typing import Any
 
-from numba import njit, types
+from numba import types
 
 from logging_shm.atomics import (
     base_of,
@@ -29,6 +29,7 @@ from logging_shm.atomics import (
     store_release_u8,
     store_u8,
 )
+from logging_shm.jit import compiled
 from logging_shm.layout import (
     FLAG_OVERWRITE,
     HEADER,
@@ -78,13 +79,13 @@ VALUE = PAIR["value"]
 PREFETCH_RECORDS = 2  # ahead: the line is here when the next but one record comes, 60 ns later
 
 
-@njit(cache=True, nogil=True, _nrt=False, inline="always")
+@compiled(inline="always")
 def enabled(segment: Any, severity: int) -> bool:
     """Whether records of this severity are wanted: one load and a branch."""
     return (int64(load_acquire_u32(base_of(segment) + LEVEL_MASK)) >> severity) & 1 != 0
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def refuse(base: int, severity: int) -> bool:
     """Whether the ring is full, as far as its reader has told. Counts the record that is refused then."""
     read = load_acquire_i64(base + READ_CURSOR)
@@ -100,7 +101,7 @@ def refuse(base: int, severity: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def suppress(limit: int, now_ns: int) -> bool:
     """Whether a format's token bucket is empty, by the generic cell rate algorithm (ITU-T I.371)."""
     earliest_ns = load_i64(limit + EARLIEST)
@@ -111,7 +112,7 @@ def suppress(limit: int, now_ns: int) -> bool:
     return False
 
 
-@njit(cache=True, nogil=True, _nrt=False, inline="always")
+@compiled(inline="always")
 def reserve(base: int, severity: int, timestamp_ns: int, format_number: int) -> int:
     """Begin a record; return its address, or 0 when it is suppressed, or the ring is full."""
     cursor = int64(load_i64(base + WRITE_CURSOR))
@@ -134,7 +135,7 @@ def reserve(base: int, severity: int, timestamp_ns: int, format_number: int) -> 
     return record
 
 
-@njit(cache=True, nogil=True, _nrt=False, inline="always")
+@compiled(inline="always")
 def commit(base: int, record: int, severity: int, format_number: int, length: int, pair_count: int) -> None:
     """Publish a reserved record: its first eight bytes at once, the cursor after them."""
     head = int64(load_i64(base + RECORD_HEAD)) | severity << SEVERITY_SHIFT | format_number << FORMAT_SHIFT
@@ -146,7 +147,7 @@ def commit(base: int, record: int, severity: int, format_number: int, length: in
     prefetch_write(base + RECORDS_OFFSET + ahead * RECORD_BYTES)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def write_enabled_event(base: int, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
     """`write_event` behind its level check."""
     record = reserve(base, severity, timestamp_ns, event)
@@ -157,7 +158,7 @@ def write_enabled_event(base: int, severity: int, event: int, timestamp_ns: int,
     return True
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def write_enabled_event_about(
     base: int,
     severity: int,
@@ -183,7 +184,7 @@ def write_enabled_event_about(
     return True
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@compiled
 def write_enabled_text(base: int, severity: int, timestamp_ns: int, message: int, length: int) -> bool:
     """`write_text` behind its level check."""
     record = reserve(base, severity, timestamp_ns, 0)
@@ -198,7 +199,7 @@ def write_enabled_text(base: int, severity: int, timestamp_ns: int, message: int
 # What callers use: the level check stands in their own code, so that a record that is off costs no call.
 
 
-@njit(cache=True, nogil=True, _nrt=False, inline="always")
+@compiled(inline="always")
 def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, arguments: Any) -> bool:
     """Write a tuple of at most 8 integers and floats under the format `event`; False when it was not written.
 
@@ -209,7 +210,7 @@ def write_event(segment: Any, severity: int, event: int, timestamp_ns: int, argu
     return write_enabled_event(base_of(segment), severity, event, timestamp_ns, arguments)
 
 
-@njit(cache=True, nogil=True, _nrt=False, inline="always")
+@compiled(inline="always")
 def write_event_about(
     segment: Any,
     severity: int,
@@ -228,7 +229,7 @@ def write_event_about(
     )
 
 
-@njit(cache=True, nogil=True, _nrt=False, inline="always")
+@compiled(inline="always")
 def write_text(segment: Any, severity: int, timestamp_ns: int, message: Any, length: int) -> bool:
     """Write `length` bytes (at most 160) of `message`, an array or its address; False when it was not written."""
     if not enabled(segment, severity):

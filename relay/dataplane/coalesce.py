@@ -9,6 +9,7 @@ from typing import Any
 
 from logging_shm.atomics import int64
 from logging_shm.compiled import write_event_about
+from logging_shm.jit import compiled
 from relay.dataplane import events, layout
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,
@@ -30,7 +31,7 @@ from relay.dataplane.memory import (
     rule_stats_at,
     stats_at,
 )
-from relay.dataplane.records import compiled, record_at
+from relay.dataplane.records import record_at
 from relay.dataplane.send import complete_all, send_batch
 
 SEVERITY_INFO = 6

@@ -12,6 +12,7 @@ from typing import Any
 
 from logging_shm.atomics import int64, load_acquire_i64, store_release_i64
 from logging_shm.compiled import write_event
+from logging_shm.jit import compiled
 from relay.dataplane import events
 from relay.dataplane.coalesce import add, drain
 from relay.dataplane.layout import (
@@ -23,7 +24,6 @@ from relay.dataplane.layout import (
 )
 from relay.dataplane.match import NO_ENTRY, flow_index
 from relay.dataplane.memory import PASS_FRAMES_MAX, flow_at, i64_at, pollfd_at, ring_at, stats_at, timespec_of
-from relay.dataplane.records import compiled
 from relay.dataplane.ring import fetch_copies, is_filled, needs_fetch, prefetch_frame, read_frame, release
 from relay.dataplane.send import DROPS_OFFSET, count_drops, trace_is_on
 from relay.dataplane.syscalls import clock_gettime, clock_nanosleep, getsockopt, poll

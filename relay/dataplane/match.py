@@ -6,10 +6,11 @@ The table is compiled by the supervisor (table.py); here it is only read. `t` is
 from typing import Any
 
 from logging_shm.atomics import int64
+from logging_shm.jit import compiled
 from relay.dataplane import hashing, layout
 from relay.dataplane.layout import ENTRY_HAS_SOURCES, DropCause
 from relay.dataplane.memory import FLOWS, flow_at
-from relay.dataplane.records import compiled, record_at
+from relay.dataplane.records import record_at
 
 NO_ENTRY = -1
 NONE = int(DropCause.NONE)

@@ -7,8 +7,8 @@ Nothing outside [frame, frame + frame_bytes) is ever read.
 from typing import Any
 
 from logging_shm.atomics import int64, load_u8, load_u16, load_u32
+from logging_shm.jit import compiled
 from relay.dataplane.layout import VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_UDP_L4, DropCause
-from relay.dataplane.records import compiled
 
 ETH_HLEN = 14
 ETH_P_IP = 0x0800

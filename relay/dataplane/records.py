@@ -11,14 +11,11 @@ A function can take records but not return one: Numba would return a copy.
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from logging_shm.atomics import pointer_at
-
-# Compiled code of the data path allocates nothing: `_nrt` off leaves out the counting of references.
-compiled: Any = njit(cache=True, nogil=True, _nrt=False, error_model="numpy")
 
 
 def record_at(dtype: Any) -> Any:

@@ -18,6 +18,7 @@ from logging_shm.atomics import (
     prefetch_read,
     store_release_u32,
 )
+from logging_shm.jit import compiled
 from relay.dataplane.layout import (
     MMSGHDR,
     MSG_DONTWAIT,
@@ -34,7 +35,6 @@ from relay.dataplane.layout import (
 )
 from relay.dataplane.memory import COPY_SLOT_BYTES, COPY_SLOTS, iovec_at, mmsg_at, ring_at
 from relay.dataplane.parse import parse
-from relay.dataplane.records import compiled
 from relay.dataplane.syscalls import recvmmsg
 
 TP_LEN = offset_of(TPACKET2_HDR, "tp_len")

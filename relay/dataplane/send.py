@@ -13,6 +13,7 @@ from typing import Any
 
 from logging_shm.atomics import int64, load_acquire_u32, store_i32, store_i64, store_release_u32, store_u16
 from logging_shm.compiled import enabled, write_event
+from logging_shm.jit import compiled
 from relay.dataplane import events, layout
 from relay.dataplane.layout import (
     CMSG_IP_PKTINFO_BYTES,
@@ -41,7 +42,7 @@ from relay.dataplane.memory import (
     stats_at,
     u8_at,
 )
-from relay.dataplane.records import compiled, record_at
+from relay.dataplane.records import record_at
 from relay.dataplane.syscalls import io_uring_enter
 
 IORING_ENTER_GETEVENTS = 1

@@ -33,11 +33,11 @@ class Sender:
         self.uring = Uring(memory.SQ_ENTRIES)
         log = np.zeros(LOG_BYTES, np.uint8)
         stats = np.zeros(layout.STATS_BYTES, np.uint8)
-        self.memory = memory.allocate(self.uring.sqes, self.uring.cqes, stats, (log, log, log, log))
-        self.uring.attach(self.memory.state[0])
+        self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, stats, (log, log, log, log))
+        self.uring.attach(self.memory.worker)
         self.receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(6)]
         self.egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.memory.egress_fds[0] = self.egress.fileno()
+        self.memory["egress_fds"]["value"][0] = self.egress.fileno()
         rules = []
         for stream in range(3):
             outputs = []
@@ -48,7 +48,7 @@ class Sender:
                 port = receiver.getsockname()[1]
                 outputs.append(TableOutput(stream * 2 + copy, LOOPBACK, port, 0, gso_segment_bytes_max, False, False))
             rules.append(TableRule(stream, f"r{stream}", 100 + stream, 1, 0, (0,), False, tuple(outputs)))
-        self.table, _ = view_table(compile_table(rules, (), 1))
+        self.table = view_table(compile_table(rules, (), 1))
 
     def relay(self, trains: list[tuple[int, int, int, int]]) -> list[list[bytes]]:
         """Add trains of datagrams and drain; return what each stream sent."""
@@ -68,8 +68,8 @@ class Sender:
             datagram[0]["segment_bytes"] = segment_bytes if segments > 1 else size
             datagram[0]["payload_bytes"] = size
             datagram[0]["payload"] = payload.ctypes.data
-            add(self.memory, self.table, stream, datagram[0])
-        drain(self.memory, self.table)
+            add(self.memory.worker, self.table.view, stream, datagram[0])
+        drain(self.memory.worker, self.table.view)
         return sent
 
     def received(self, index: int, count: int) -> list[bytes]:
@@ -102,8 +102,8 @@ def test_every_output_gets_every_datagram_in_order(sender: Sender, trains: list[
     for index in range(6):
         expected = sent[index // 2]
         assert sender.received(index, len(expected)) == expected
-    stats = sender.memory.stats[0]
-    outputs = sender.memory.output_stats
+    stats = sender.memory["stats"][0]
+    outputs = sender.memory["output_stats"]
     assert stats["deliveries"] == outputs["packets"].sum() + outputs["drops_full"].sum() + outputs["drops_error"].sum()
     assert stats["packets_relayed"] == outputs["packets"].sum()
     assert stats["drops"].sum() == 0

@@ -36,24 +36,24 @@ def test_match_finds_exactly_the_rules_that_apply(
     rules: list[TableRule], group: int, port: int, ring: int, source: int
 ) -> None:
     source = source or 0x0B000001
-    table, _ = view_table(compile_table(rules, (), 1))
+    table = view_table(compile_table(rules, (), 1))
     expected = {
         rule.slot
         for rule in rules
         if rule.group == group and rule.port == port and ring in rule.rings and rule.source in (0, source)
     }
-    entry = match(table.keys, table.entries, group, port, ring, source)
+    entry = match(table.view, group, port, ring, source)
     found = set()
     if entry != NO_ENTRY:
-        first, count = table.entries[entry]["first_route"], table.entries[entry]["routes"]
-        found = {int(route["rule"]) for route in table.routes[first : first + count]}
+        first, count = table["entries"][entry]["first_route"], table["entries"][entry]["routes"]
+        found = {int(route["rule"]) for route in table["routes"][first : first + count]}
     assert found == expected
 
 
 def test_own_egress_socket_is_recognised_and_a_neighbour_is_not() -> None:
     own = [OwnSource(0x0A000001, 40000, 0, 0), OwnSource(0, 40001, 0xEF010101, 5000)]
-    table, _ = view_table(compile_table((), own, 1))
-    assert is_own_source(table.own, 0x0A000001, 40000, 0xEF030303, 1)
-    assert not is_own_source(table.own, 0x0A000002, 40000, 0xEF030303, 1)
-    assert is_own_source(table.own, 0x0C000001, 40001, 0xEF010101, 5000)
-    assert not is_own_source(table.own, 0x0C000001, 40001, 0xEF010101, 5001)
+    table = view_table(compile_table((), own, 1))
+    assert is_own_source(table.view, 0x0A000001, 40000, 0xEF030303, 1)
+    assert not is_own_source(table.view, 0x0A000002, 40000, 0xEF030303, 1)
+    assert is_own_source(table.view, 0x0C000001, 40001, 0xEF010101, 5000)
+    assert not is_own_source(table.view, 0x0C000001, 40001, 0xEF010101, 5001)
