@@ -3,16 +3,12 @@
 `journalctl MCR_FACILITY=Ingress MCR_RULE=tv PRIORITY=4`.
 """
 
-import socket
-
 from logging_shm.sinks.datagrams import DatagramSink
-from logging_shm.sinks.selection import Selection
-
-SOCKET = "/run/systemd/journal/socket"
+from logging_shm.sinks.selection import JOURNAL_SOCKET, Selection
 
 
 class JournaldSink(DatagramSink):
     """Sends each record as a journal entry, its pairs as fields `MCR_KEY=`."""
 
-    def __init__(self, path: str = SOCKET, selection: Selection | None = None) -> None:
-        super().__init__(f"journald {path}", "journal", selection, socket.AF_UNIX, path)
+    def __init__(self, path: str = JOURNAL_SOCKET, selection: Selection | None = None) -> None:
+        super().__init__(f"journald {path}", "journal", selection, path)

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from logging_shm.facility import Facility, Severity
 
+DEV_LOG = "/dev/log"
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+
 
 class SinkError(Exception):
     """A sink that can't be opened or described so."""

@@ -6,42 +6,53 @@ from typing import Any
 
 import msgspec
 
+from logging_shm.bridge import LEVELS
 from logging_shm.facility import Severity
-from logging_shm.sinks.base import Chunk, Sink, messages
+from logging_shm.sinks.base import Chunk, Sink, messages, wall_clock
 from logging_shm.sinks.selection import Selection
 
-LEVELS = {
-    Severity.Emergency: logging.CRITICAL,
-    Severity.Alert: logging.CRITICAL,
-    Severity.Critical: logging.CRITICAL,
-    Severity.Error: logging.ERROR,
-    Severity.Warning: logging.WARNING,
-    Severity.Notice: logging.INFO,
-    Severity.Info: logging.INFO,
-    Severity.Debug: logging.DEBUG,
-}
+OWN_FIELDS = ("facility", "severity", "core", "sequence", "pairs", "timestamp_ns")
 
 
 class StdlibSink(Sink):
-    """Each record becomes a LogRecord with `facility`, `severity`, `core`, `sequence` and `pairs` besides."""
+    """Each record becomes a LogRecord with `facility`, `severity`, `core`, `sequence` and `pairs` besides.
+
+    Its time, process and thread are those of whoever wrote it. Pickled, or after a fork, it is a new sink of the same
+    logger, not started. A RingHandler leaves these records alone: they came from a ring.
+    """
 
     def __init__(self, logger: logging.Logger, selection: Selection | None = None) -> None:
         super().__init__(f"logging {logger.name}", "json", selection)
         self._logger = logger
+        self._selection = selection
 
-    def deliver(self, chunk: Chunk) -> int:
-        """Hand each message to the logger, which filters by its own level."""
-        for message in messages(chunk):
-            fields: Mapping[str, Any] = msgspec.json.decode(message)
-            level = LEVELS[Severity[fields["severity"]]]
-            if not self._logger.isEnabledFor(level):
-                continue
-            record = self._logger.makeRecord(self._logger.name, level, "", 0, fields["message"], (), None)
-            for name in ("facility", "severity", "core", "sequence", "pairs", "timestamp_ns"):
-                setattr(record, name, fields[name])
-            record.process, record.thread = fields["pid"], fields["tid"]
-            self._logger.handle(record)
-        return len(chunk.ends)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StdlibSink, (self._logger, self._selection)
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Hand each message to the logger, which filters by its own level. A handler that raises loses the message."""
+        for message in messages(chunk, self.done):
+            if self.ended:
+                break
+            try:
+                self._hand_on(msgspec.json.decode(message))
+            except Exception as error:  # of a handler or filter, which may be anybody's
+                self.refuse(f"{type(error).__name__}: {error}")
+            else:
+                self.advance(1)
+
+    def _hand_on(self, fields: Mapping[str, Any]) -> None:
+        level = LEVELS[Severity[fields["severity"]]]
+        if not self._logger.isEnabledFor(level):
+            return
+        record = self._logger.makeRecord(self._logger.name, level, "", 0, fields["message"], (), None)
+        record.__dict__.update({name: fields[name] for name in OWN_FIELDS}, from_ring=True)
+        record.process, record.thread = fields["pid"], fields["tid"]
+        record.processName = record.threadName = None
+        created_s = (fields["timestamp_ns"] + wall_clock.offset_ns()) / 1e9
+        record.relativeCreated += (created_s - record.created) * 1000
+        record.created, record.msecs = created_s, created_s % 1 * 1000
+        self._logger.handle(record)
 
     def close_target(self) -> None:
         """Leave the logger and its handlers to whoever made them."""
