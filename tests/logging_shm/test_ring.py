@@ -266,12 +266,8 @@ class OverwritingRingModel(RingModel):
     overwrite = True
 
 
-class TestDroppingRing(RingModel.TestCase):
-    """Runs RingModel."""
-
-
-class TestOverwritingRing(OverwritingRingModel.TestCase):
-    """Runs OverwritingRingModel."""
+TestDroppingRing = RingModel.TestCase
+TestOverwritingRing = OverwritingRingModel.TestCase
 
 
 # --- the reader trusts nothing ----------------------------------------------------------------------
