@@ -133,6 +133,9 @@ raw_texts = st.one_of(
 
 
 @given(raw_texts)
+@example(b"\xed\xa0\x80 surrogate")
+@example(b"\xe0\x80\xaf \xf0\x80\x80\xaf overlong")
+@example(b"\xf4\x90\x80\x80 beyond Unicode")
 def test_text_is_made_printable_as_python_makes_it(raw: bytes) -> None:
     text = np.frombuffer(raw + b"\x80", np.uint8)  # what follows must not be taken for part of it
     assert written(put_printable, text.ctypes.data, len(raw), PLAIN, PRINTABLE) == printable(raw)

@@ -324,6 +324,16 @@ def test_a_writer_killed_in_the_middle_of_a_record_is_told_when_its_successor_go
     ]
 
 
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 95, 96, 97, 159, 160])
+def test_a_message_of_any_length_is_copied_whole(make_ring: MakeRing, length: int) -> None:
+    ring = make_ring()
+    reader = reading(ring)
+    write(ring, "y" * 160, 1, pairs=(("key", "former"), ("other", "former")))
+    message = ("0123456789" * 16)[:length]
+    write(ring, message, 2)
+    assert read(reader) == ["y" * 160, message]
+
+
 def test_facility_is_the_ring_s_and_severity_a_known_one(make_ring: MakeRing) -> None:
     ring = make_ring(facility=Facility.Ingress)
     put(ring, record(b"forged", severity=0xFB).replace(b"\xfb\0", b"\xfb\xee", 1))
