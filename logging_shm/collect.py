@@ -37,7 +37,9 @@ SOURCE = np.dtype(
         ("base", "<i8"),  # address of the segment
         ("capacity", "<i8"),
         ("cursor", "<i8"),  # the next record to read
-        ("end", "<i8"),  # behind the last that this pass may read
+        ("end", "<i8"),  # behind the last that this pass may read; at first the cursor
+        ("newest_ns", "<i8"),  # the youngest timestamp that this pass may read
+        ("future_ns", "<i8"),  # a timestamp beyond is nonsense
         ("head_ns", "<i8"),  # timestamp of the next
         ("facility", "<i8"),
         ("overwrite", "<i8"),
@@ -68,30 +70,32 @@ def record_address(source: Any, number: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def look(source: Any) -> None:
-    """Find out how far this pass may read, and put a cursor right that lies outside the ring."""
+def look(source: Any, newest_ns: int, future_ns: int) -> None:
+    """Begin a pass: find out how far it may read, and put a cursor right that lies outside the ring."""
     written = int64(load_acquire_i64(source.base + WRITE_CURSOR))
-    behind = written - source.cursor
-    if behind < 0 or written < 0:
+    if written < source.cursor:
         source.damaged += 1
         source.cursor = written
-    elif behind > source.capacity:
-        if source.overwrite or not source.consume:
+    behind = written - source.cursor
+    if behind < 0 or behind > source.capacity:  # below 0: more than 63 bits hold
+        if behind > 0 and (source.overwrite or not source.consume):
             source.missed += behind - source.capacity
         else:
             source.damaged += 1
         source.cursor = written - source.capacity
     source.end = written
+    source.newest_ns = newest_ns
+    source.future_ns = future_ns
 
 
 @njit(cache=True, nogil=True)
-def peek(source: Any, newest_ns: int, delay_ns: int) -> None:
+def peek(source: Any) -> None:
     """Note the timestamp of the next record; NEVER_NS when there is none, or it is too young to be merged yet."""
     source.head_ns = NEVER_NS
     if source.cursor < source.end:
         head_ns = load_i64(record_address(source, source.cursor) + TIMESTAMP)
         # A timestamp far in the future is nonsense: it must not hold its ring up.
-        if not newest_ns < head_ns <= newest_ns + delay_ns:
+        if not source.newest_ns < head_ns <= source.future_ns:
             source.head_ns = min(head_ns, NEVER_NS - 1)
 
 
@@ -131,16 +135,32 @@ def not_whole(source: Any, number: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def collect(sources: Any, records: Any, origins: Any, newest_ns: int, delay_ns: int) -> int:
+def collect(sources: Any, records: Any, origins: Any, newest_ns: int, future_ns: int) -> int:
     """Fill a batch with the oldest records of all rings, in timestamp order; return their number.
 
-    `sources`: SOURCE[n]. `records`: u1[m, 256]. `origins`: i4[m], the index of each record's ring. Records up to
-    `delay_ns` younger than `newest_ns` stay, so that a slower writer's older ones come first.
+    `sources`: SOURCE[n]. `records`: u1[m, 256]. `origins`: i4[m], the index of each record's ring. Records younger
+    than `newest_ns` stay, so that a slower writer's older ones come first, unless they are beyond `future_ns`.
+
+    A pass reads what all rings hold at one moment, in as many batches as that takes: a ring that is refilled with
+    ever older records can't keep others from being read.
     """
+    count = merge(sources, records, origins, 0)
+    if count < len(records):
+        for index in range(len(sources)):
+            look(sources[index], newest_ns, future_ns)
+        count = merge(sources, records, origins, count)
     for index in range(len(sources)):
-        look(sources[index])
-        peek(sources[index], newest_ns, delay_ns)
-    count = 0
+        source = sources[index]
+        if source.consume:
+            store_release_i64(source.base + READ_CURSOR, source.cursor)
+    return count
+
+
+@njit(cache=True, nogil=True)
+def merge(sources: Any, records: Any, origins: Any, count: int) -> int:
+    """Go on with a pass: add to a batch of `count` records until it is full or nothing is left; return its number."""
+    for index in range(len(sources)):
+        peek(sources[index])
     room = len(records)
     target = records.ctypes.data
     while count < room:
@@ -153,13 +173,9 @@ def collect(sources: Any, records: Any, origins: Any, newest_ns: int, delay_ns: 
             if take(source, target + count * RECORD_BYTES):
                 origins[count] = first
                 count += 1
-            peek(source, newest_ns, delay_ns)
+            peek(source)
             if source.head_ns >= second_ns or count == room:
                 break
-    for index in range(len(sources)):
-        source = sources[index]
-        if source.consume:
-            store_release_i64(source.base + READ_CURSOR, source.cursor)
     return count
 
 

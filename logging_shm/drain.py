@@ -5,7 +5,9 @@ reading never stops, so rings don't fill because nobody can see them.
 """
 
 import contextlib
+import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +15,7 @@ from logging_shm.facility import Severity
 from logging_shm.lines import Batch
 from logging_shm.reader import BATCH_RECORDS, Reader
 from logging_shm.ring import SharedSPSCRingBuffer
-from logging_shm.segment import SegmentError, names, unlink
+from logging_shm.segment import SHM_DIRECTORY, SegmentError, names, unlink
 from logging_shm.sinks.base import Sink
 
 SLEEP_S_MIN = 0.001
@@ -33,7 +35,10 @@ class Drain:
     def __init__(self, sinks: Sequence[Sink], follow: str | None = None) -> None:
         self.sinks = tuple(sinks)
         self._follow = follow
-        self._followed: dict[str, SharedSPSCRingBuffer] = {}
+        self._receiving = list(self.sinks)
+        # By the segment's identity: a name may be another one's later.
+        self._followed: dict[int, SharedSPSCRingBuffer] = {}
+        self._finished: set[int] = set()  # of the followed, those whose owner is gone
         self._reader = Reader()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -69,6 +74,7 @@ class Drain:
         with self._lock:
             if self._follow is not None:
                 self._find(self._follow)
+                self._finish_dead()
             self._drain_all()
             self._forget_finished()
         for sink in self.sinks:
@@ -76,33 +82,39 @@ class Drain:
 
     def _run(self) -> None:
         sleep_s = SLEEP_S_MIN
-        until_follow_s = 0.0
+        follow_s = time.monotonic()
         while not self._stop.is_set():
-            if self._follow is not None and until_follow_s <= 0:
-                until_follow_s = FOLLOW_INTERVAL_S
+            if self._follow is not None and time.monotonic() >= follow_s:
                 with self._lock:
-                    self._find(self._follow)
                     self._forget_finished()
+                    self._find(self._follow)
+                    self._finish_dead()
+                follow_s = time.monotonic() + FOLLOW_INTERVAL_S
             with self._lock:
                 count = self._hand_on(self._reader.read())
             if count >= BUSY_RECORDS:
                 sleep_s = SLEEP_S_MIN
                 continue
             sleep_s = SLEEP_S_MIN if count else min(sleep_s * 2, SLEEP_S_MAX)
-            until_follow_s -= sleep_s
             self._stop.wait(sleep_s)
 
     def _hand_on(self, batch: Batch) -> int:
         """Give a batch to every sink; return the number of its records."""
         with contextlib.suppress(IndexError):
             while self._notices and self._reader.rings:
-                notice = self._reader.say(*self._notices.popleft())
-                for sink in self.sinks:
-                    sink.accept(notice)
+                self._give(self._reader.say(*self._notices.popleft()))
         if len(batch.records):
-            for sink in self.sinks:
-                sink.accept(batch)
+            self._give(batch)
         return len(batch.records)
+
+    def _give(self, batch: Batch) -> None:
+        for sink in tuple(self._receiving):
+            try:
+                sink.accept(batch)
+            except Exception as error:  # whatever it is: the other sinks and the reading go on
+                self._receiving.remove(sink)
+                what = f"{type(error).__name__}: {error}"
+                self._notices.append((Severity.Error, f"Log sink {sink.name}: {what}: it gets no more lines"))
 
     def _drain_all(self) -> None:
         """Read until no ring holds anything; a writer that goes on writing is left at what it had then."""
@@ -113,21 +125,43 @@ class Drain:
     # --- rings found by name ------------------------------------------------------------------------
 
     def _find(self, prefix: str) -> None:
+        """Read the rings of that prefix that are not read yet."""
         found = {}
         for name in names():
-            if name.startswith(prefix) and name not in self._followed:
+            if name.startswith(prefix) and _identity(name) not in self._followed:
                 with contextlib.suppress(SegmentError):
-                    found[name] = SharedSPSCRingBuffer.attach(name)
-        for ring in found.values():
-            if not ring.segment.is_owned():
-                ring.segment.finish_dead()
-        self._reader.add(found.values())
-        self._followed |= found
+                    ring = SharedSPSCRingBuffer.attach(name)
+                    found[ring.segment.identity] = ring
+        if found:
+            self._reader.add(found.values())
+            self._followed |= found
+
+    def _finish_dead(self) -> None:
+        """Put the ends of rings in order whose owner is gone, before they are read for the last time."""
+        for identity, ring in self._followed.items():
+            if identity not in self._finished and not ring.segment.is_owned():
+                self._finished.add(identity)
+                with contextlib.suppress(struct.error):  # cursors or counts that can't be: there is no end to put right
+                    ring.segment.finish_dead()
 
     def _forget_finished(self) -> None:
-        for name, ring in list(self._followed.items()):
-            if ring.segment.is_owned() or ring.unread():
-                continue
-            self._reader.remove([ring])
-            del self._followed[name]
-            unlink(name)
+        """Forget and unlink rings whose owner is gone once they are read to the end."""
+        read = {identity: self._followed[identity] for identity in self._finished}
+        read = {identity: ring for identity, ring in read.items() if not ring.unread()}
+        if not read:
+            return
+        self._hand_on(self._reader.read(everything=True))  # with losses that are told now and then only
+        self._reader.remove(read.values())
+        for identity, ring in read.items():
+            del self._followed[identity]
+            self._finished.remove(identity)
+            if _identity(ring.segment.name) == identity:
+                unlink(ring.segment.name)
+
+
+def _identity(name: str) -> int | None:
+    """The identity of the segment that has a name now, None when there is none."""
+    try:
+        return (SHM_DIRECTORY / name).stat().st_ino
+    except OSError:
+        return None

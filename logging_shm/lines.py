@@ -29,11 +29,24 @@ from logging_shm.append import (
 )
 from logging_shm.atomics import int64, load_f64, load_i64, load_u8, load_u16, load_u32, store_i64, store_u8
 from logging_shm.facility import Facility, Severity
-from logging_shm.layout import CORE_NONE, FORMATS_MAX, MESSAGE_BYTES_MAX, PAIR, RECORD, RECORD_BYTES, Field, Layout
+from logging_shm.layout import (
+    ARGUMENTS_MAX,
+    CORE_NONE,
+    FORMAT_BYTES_MAX,
+    FORMATS_MAX,
+    MESSAGE_BYTES_MAX,
+    PAIR,
+    RECORD,
+    RECORD_BYTES,
+    Field,
+    Layout,
+)
 from logging_shm.render import KINDS, steps
 
-LINE_BYTES_MAX = 4096  # room that a line may need: every byte of a record escaped to five, and what frames it
-STEPS_MAX = 48  # a format of 128 bytes has no more
+# Room that a line may need, and copies of whole words behind it. The longest is a JSON message of format "{a}{a}…",
+# 42 times a value of 20 bytes that are escaped to five each, with two such pairs and what frames it: 4653.
+LINE_BYTES_MAX = 8192
+STEPS_MAX = 1 + FORMAT_BYTES_MAX // 2  # "x{a}x{a}…" has a step for every two bytes; then the end
 LITERAL_BYTES = 1024  # 128 bytes, each escaped
 # A step's argument is that number, or where a text begins.
 STEP = Layout(8, kind=Field(0, "H"), argument=Field(2, "H"), length=Field(4, "H"))
@@ -178,7 +191,7 @@ def find_pair(record: int, name: int, length: int) -> int:
     found = 0
     for index in range(load_u8(record + PAIR_COUNT)):
         pair = record + PAIRS + index * PAIR_BYTES
-        same = load_u8(pair + KEY_LENGTH) == length and length <= KEY_BYTES
+        same = min(int64(load_u8(pair + KEY_LENGTH)), KEY_BYTES) == length
         if same:
             for i in range(length):
                 same = same and load_u8(pair + KEY + i) == load_u8(name + i)
@@ -204,7 +217,7 @@ def put_message(at: int, batch: Any, index: int, quoting: int) -> int:
         return put_printable(at, record + MESSAGE, length, quoting, batch.printable)
     if number >= FORMATS_MAX:
         return put_field(at, UNREGISTERED, number, IS_NOT_REGISTERED)
-    count = length // 8
+    count = min(length // 8, ARGUMENTS_MAX)
     row = int64(batch.origins[index]) * FORMATS_MAX + number
     literals = batch.literals.ctypes.data + row * LITERAL_BYTES
     step = batch.steps.ctypes.data + row * STEPS_MAX * STEP_BYTES

@@ -4,7 +4,7 @@ The drain reads with it and consumes; `mcrlog tail` reads with it and does not, 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,10 @@ from logging_shm.ring import LogEntry, SharedSPSCRingBuffer, cut
 
 BATCH_RECORDS = 4096  # a megabyte: half a millisecond's work, and a quarter of the greatest ring
 REPORTS_MAX = 64  # of losses in one batch
+REPORTS_OF_RING_MAX = 4 + FORMATS_MAX
 MERGE_DELAY_NS = 2_000_000  # a record that old has been finished, unless its writer was preempted in the middle of it
+# Records are written between the reader's look at the clock and its look at the rings: these wait, too.
+FUTURE_NS_MAX = 1_000_000_000
 REPORT_INTERVAL_NS = 1_000_000_000  # of a loss that goes on
 
 _RECORD_DTYPE = np.dtype(
@@ -62,50 +65,50 @@ class Reader:
         self._delay_ns = delay_ns
         self._printable = printable_table()
         self._checked_ns = time.monotonic_ns()
-        self.rings: list[SharedSPSCRingBuffer] = []
-        self._arrange([], [])
+        self._next_report = 0  # the ring whose losses are told first
+        self._arrange([], np.zeros(0, SOURCE), [])
 
-    def _arrange(self, rings: list[SharedSPSCRingBuffer], cursors: Sequence[int]) -> None:
+    def _arrange(self, rings: list[SharedSPSCRingBuffer], sources: Any, losses: list[Losses]) -> None:
         self.rings = rings
-        self._mappings = [ring.segment.bytes for ring in rings]
-        self._sources = np.zeros(len(rings), SOURCE)
+        self._mappings = [ring.segment.bytes for ring in rings]  # sources hold addresses in these
+        self._sources = sources
+        self._losses = losses
         self._formats = Formats(max(len(rings), 1))
         self._registered = [-1] * len(rings)
-        self._losses = [Losses(ring.segment.dropped(), self._suppressed(ring)) for ring in rings]
-        for index, (ring, cursor) in enumerate(zip(rings, cursors, strict=True)):
-            source = self._sources[index]
-            source["base"] = self._mappings[index].ctypes.data
-            source["capacity"] = ring.capacity
-            source["cursor"] = cursor
-            source["facility"] = ring.facility
-            source["overwrite"] = ring.overwrite
-            source["consume"] = self._consume
-            if self._consume:
-                self._losses[index].dropped = [0] * len(Severity)
-                self._losses[index].suppressed = [0] * FORMATS_MAX
-            else:
-                self._losses[index].unfinished = ring.segment.get("unfinished")
 
     def add(self, rings: Iterable[SharedSPSCRingBuffer], last: int | None = None) -> None:
         """Read these, too: where their last reader left off, or from the `last` records of each on."""
         rings = list(rings)
-        cursors = []
-        for ring in rings:
-            written = ring.segment.get("write_cursor")
-            cursors.append(
-                ring.segment.get("read_cursor") if last is None else max(written - min(last, ring.capacity), 0)
-            )
-        losses = self._losses
-        self._arrange([*self.rings, *rings], [*self._sources["cursor"].tolist(), *cursors])
-        self._losses[: len(losses)] = losses
+        sources = np.zeros(len(rings), SOURCE)
+        for source, ring in zip(sources, rings, strict=True):
+            source["base"] = ring.segment.bytes.ctypes.data
+            source["capacity"] = ring.capacity
+            source["cursor"] = source["end"] = self._first(ring, last)
+            source["facility"] = ring.facility
+            source["overwrite"] = ring.overwrite
+            source["consume"] = self._consume
+        losses = [self._losses_until_now(ring) for ring in rings]
+        self._arrange([*self.rings, *rings], np.concatenate([self._sources, sources]), [*self._losses, *losses])
+
+    @staticmethod
+    def _first(ring: SharedSPSCRingBuffer, last: int | None) -> int:
+        if last is None:
+            return ring.segment.get("read_cursor")
+        return max(ring.segment.get("write_cursor") - min(last, ring.capacity), 0)
+
+    def _losses_until_now(self, ring: SharedSPSCRingBuffer) -> Losses:
+        """What is not told any more: nothing by whoever consumes, all before now by who only watches."""
+        if self._consume:
+            return Losses([0] * len(Severity), [0] * FORMATS_MAX)
+        return Losses(ring.segment.dropped(), self._suppressed(ring), unfinished=ring.segment.get("unfinished"))
 
     def remove(self, rings: Iterable[SharedSPSCRingBuffer]) -> None:
         """Forget these."""
         gone = {id(ring) for ring in rings}
         kept = [index for index, ring in enumerate(self.rings) if id(ring) not in gone]
-        losses = [self._losses[index] for index in kept]
-        self._arrange([self.rings[index] for index in kept], self._sources["cursor"][kept].tolist())
-        self._losses = losses
+        self._arrange(
+            [self.rings[index] for index in kept], self._sources[kept], [self._losses[index] for index in kept]
+        )
 
     def read(self, everything: bool = False) -> Batch:
         """The next batch, which may be empty. With `everything`, also records that are too young to be merged."""
@@ -114,10 +117,13 @@ class Reader:
         now_ns = time.monotonic_ns()
         count = 0
         if self.rings:
+            newest_ns, future_ns = now_ns - self._delay_ns, now_ns + FUTURE_NS_MAX
+            if everything:
+                newest_ns = future_ns
+            count = collect(self._sources, records[:BATCH_RECORDS], origins, newest_ns, future_ns)
+            # Not before: a format may be registered just before the first record that has it.
             self._load_formats()
-            delay_ns = 0 if everything else self._delay_ns
-            count = collect(self._sources, records[:BATCH_RECORDS], origins, now_ns - delay_ns, delay_ns)
-        for report in self._reports(now_ns, everything)[:REPORTS_MAX]:
+        for report in self._reports(now_ns, everything):
             records[count] = self._record(report, now_ns)
             origins[count] = report.ring
             count += 1
@@ -138,7 +144,7 @@ class Reader:
         """Records written and not yet read."""
         return int(
             sum(
-                max(ring.segment.get("write_cursor") - int(cursor), 0)
+                min(max(ring.segment.get("write_cursor") - int(cursor), 0), ring.capacity)
                 for ring, cursor in zip(self.rings, self._sources["cursor"], strict=True)
             )
         )
@@ -158,8 +164,13 @@ class Reader:
         return [ring.segment.suppressed(number) for number in range(FORMATS_MAX)]
 
     def _reports(self, now_ns: int, everything: bool) -> list[Report]:
+        """What was lost, of as many rings as a batch has room for; the others' turn comes with the next."""
         reports: list[Report] = []
-        for index in range(len(self.rings)):
+        first, self._next_report = self._next_report, 0
+        for index in [*range(first, len(self.rings)), *range(min(first, len(self.rings)))]:
+            if len(reports) + REPORTS_OF_RING_MAX > REPORTS_MAX:
+                self._next_report = index
+                break
             reports += self._drop_reports(index, now_ns, everything)
             reports += self._other_reports(index, now_ns, everything)
         self._checked_ns = now_ns
@@ -168,13 +179,13 @@ class Reader:
     def _drop_reports(self, index: int, now_ns: int, everything: bool) -> list[Report]:
         """One warning when a full ring has room again, or once a second while it has not."""
         losses, total = self._losses[index], self.rings[index].segment.dropped()
-        grown = total != losses.dropped
+        # A writer that went wrong may count backwards.
+        more = [max(after - before, 0) for before, after in zip(losses.dropped, total, strict=True)]
+        losses.dropped = total
+        grown = any(more)
         if grown:
             losses.since_ns = losses.since_ns or self._checked_ns
-            # A writer that went wrong may count backwards.
-            more = [max(after - before, 0) for before, after in zip(losses.dropped, total, strict=True)]
             losses.untold = [before + after for before, after in zip(losses.untold, more, strict=True)]
-            losses.dropped = total
         if not losses.since_ns:
             return []
         if grown and not everything and now_ns - losses.since_ns < REPORT_INTERVAL_NS:
@@ -217,7 +228,8 @@ class Reader:
     def _record(self, report: Report, now_ns: int) -> Any:
         """A report as a record of its ring, so that it goes the way of all lines."""
         record = np.zeros(1, _RECORD_DTYPE)
-        text = cut(report.message.encode())
+        text = cut(report.message.encode("utf-8", "backslashreplace"))
         ring = self.rings[report.ring]
-        record[0] = (STATE_READY, report.severity, ring.facility, len(text), 0, ring.core, now_ns, 0, text)
+        core = ring.core & 0xFF  # of a damaged header it is any number
+        record[0] = (STATE_READY, report.severity, ring.facility, len(text), 0, core, now_ns, 0, text)
         return record.view(np.uint8)

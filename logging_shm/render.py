@@ -53,14 +53,14 @@ PLACEHOLDER = re.compile(rf"\{{(\d):({'|'.join(KINDS)})\}}|\{{(\w+)\}}")
 
 
 def render(template: str | None, number: int, arguments: Sequence[int], pairs: Mapping[str, str]) -> str:
-    """Fill a registered format: `{0:ip}` takes an argument by kind, `{rule}` a pair's value."""
+    """Fill a registered format: `{0:ip}` takes an argument by kind, `{rule}` a pair's value. `pairs` are printable."""
     if template is None:
         return f"(format {number} is not registered)"
 
     def fill(placeholder: re.Match[str]) -> str:
         index, kind, key = placeholder.groups()
         if key is not None:
-            return pairs.get(key, "")
+            return pairs.get(printable(key.encode()), "")
         return KINDS[kind](arguments[int(index)]) if int(index) < len(arguments) else ""
 
     return printable(PLACEHOLDER.sub(fill, template).encode())
