@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from logging_shm.atomics import int64, load_u8, store_i64, store_u8
+from logging_shm.jit import compiled
 from logging_shm.render import UNICODE_SHOWN, is_shown
 
 # How a value is quoted, and what that makes of bytes that mean something there.
@@ -49,7 +50,7 @@ def printable_table() -> Any:
     return np.fromiter((is_shown(chr(code)) for code in range(UNICODE_SHOWN)), np.uint8, UNICODE_SHOWN)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put(at: int, text: Any) -> int:
     """Append a constant; return the address behind it, as all that follow."""
     for word in range(1, len(text)):
@@ -57,7 +58,7 @@ def put(at: int, text: Any) -> int:
     return at + text[0]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_number(at: int, value: int) -> int:
     """Append a signed number in decimal."""
     value = int64(value)
@@ -75,7 +76,7 @@ def put_number(at: int, value: int) -> int:
     return put_digits(at, value, digits)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_digits(at: int, value: int, digits: int) -> int:
     """Append the last `digits` decimal digits of a number that is not negative."""
     for i in range(digits):
@@ -84,7 +85,7 @@ def put_digits(at: int, value: int, digits: int) -> int:
     return at + digits
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_hex(at: int, value: int, digits: int) -> int:
     """Append the low `digits` hexadecimal digits."""
     for i in range(digits):
@@ -93,7 +94,7 @@ def put_hex(at: int, value: int, digits: int) -> int:
     return at + digits
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_escape(at: int, quoting: int, letter: int) -> int:
     """Append a backslash, doubled where the quoting needs that, and a letter."""
     store_u8(at, 92)
@@ -105,7 +106,7 @@ def put_escape(at: int, quoting: int, letter: int) -> int:
     return at + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_escaped_code(at: int, quoting: int, code: int) -> int:
     r"""Append a character as Python's unicode_escape has it: \n, \x1b, \u202e."""
     if code == 10:
@@ -121,7 +122,7 @@ def put_escaped_code(at: int, quoting: int, code: int) -> int:
     return put_hex(put_escape(at, quoting, 85), code, 8)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def decode(address: int, left: int) -> Any:
     """The character that begins at an address, and its bytes; 0 bytes when it is no UTF-8 (RFC 3629)."""
     lead = int64(load_u8(address))
@@ -143,7 +144,7 @@ def decode(address: int, left: int) -> Any:
     return code, size
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_printable(at: int, address: int, length: int, quoting: int, printable: Any) -> int:
     """Append bytes of a segment: what is printable as it is, the rest escaped."""
     i = 0
@@ -175,7 +176,7 @@ def put_printable(at: int, address: int, length: int, quoting: int, printable: A
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_address(at: int, value: int) -> int:
     """Append an IPv4 address given as a number."""
     for shift in (24, 16, 8, 0):
@@ -186,7 +187,7 @@ def put_address(at: int, value: int) -> int:
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_duration(at: int, value_ns: int) -> int:
     """Append nanoseconds in the greatest unit that they fill."""
     if -1000 < value_ns < 1000:
@@ -207,7 +208,7 @@ def put_duration(at: int, value_ns: int) -> int:
     return put(put_decimals(at, value_us // 1_000_000, value_us % 1_000_000 // 1000), SECONDS)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_decimals(at: int, whole: int, thousandths: int) -> int:
     """Append a number with three decimals."""
     at = put_number(at, whole)
@@ -215,7 +216,7 @@ def put_decimals(at: int, whole: int, thousandths: int) -> int:
     return put_digits(at + 1, thousandths, 3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_real(at: int, value: float) -> int:
     """Append a float as printf's %g does."""
     if math.isnan(value):
@@ -228,7 +229,7 @@ def put_real(at: int, value: float) -> int:
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_time(at: int, wall_ns: int) -> int:
     """Append a time as RFC 3339 has it, in UTC with microseconds. The calendar is Howard Hinnant's days algorithm."""
     seconds = wall_ns // 1_000_000_000
@@ -260,7 +261,7 @@ def put_time(at: int, wall_ns: int) -> int:
     return at + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_field(at: int, name: Any, value: int, behind: Any) -> int:
     """Append a name, a number and what follows it."""
     return put(put_number(put(at, name), value), behind)

@@ -7,7 +7,6 @@ copied before it is looked at, then looked at again for whether the writer came 
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from logging_shm.atomics import (
     copy_bytes,
@@ -20,6 +19,7 @@ from logging_shm.atomics import (
     store_release_i64,
     store_u8,
 )
+from logging_shm.jit import compiled
 from logging_shm.layout import (
     CACHE_LINE_BYTES,
     HEADER,
@@ -63,13 +63,13 @@ SEVERITY_MAX = 7
 MESSAGE_IN_FIRST_LINE = CACHE_LINE_BYTES - RECORD["message"]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def record_address(source: Any, number: int) -> int:
     """Where record `number` of a ring lies."""
     return source.base + RECORDS_OFFSET + (number & (source.capacity - 1)) * RECORD_BYTES
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def look(source: Any, newest_ns: int, future_ns: int) -> None:
     """Begin a pass: find out how far it may read, and put a cursor right that lies outside the ring."""
     written = int64(load_acquire_i64(source.base + WRITE_CURSOR))
@@ -88,7 +88,7 @@ def look(source: Any, newest_ns: int, future_ns: int) -> None:
     source.future_ns = future_ns
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def peek(source: Any) -> None:
     """Note the timestamp of the next record; NEVER_NS when there is none, or it is too young to be merged yet."""
     source.head_ns = NEVER_NS
@@ -99,7 +99,7 @@ def peek(source: Any) -> None:
             source.head_ns = min(head_ns, NEVER_NS - 1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def take(source: Any, target: int) -> bool:
     """Copy the next record to the address `target` and step on; False when it was not whole."""
     number = source.cursor
@@ -124,7 +124,7 @@ def take(source: Any, target: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def not_whole(source: Any, number: int) -> bool:
     """Count a record that was overwritten under the reader's eyes, or never was one. Returns False."""
     if int64(load_acquire_i64(source.base + WRITE_CURSOR)) - number >= source.capacity:
@@ -134,7 +134,7 @@ def not_whole(source: Any, number: int) -> bool:
     return False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def collect(sources: Any, records: Any, origins: Any, newest_ns: int, future_ns: int) -> int:
     """Fill a batch with the oldest records of all rings, in timestamp order; return their number.
 
@@ -156,7 +156,7 @@ def collect(sources: Any, records: Any, origins: Any, newest_ns: int, future_ns:
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def merge(sources: Any, records: Any, origins: Any, count: int) -> int:
     """Go on with a pass: add to a batch of `count` records until it is full or nothing is left; return its number."""
     for index in range(len(sources)):
@@ -179,7 +179,7 @@ def merge(sources: Any, records: Any, origins: Any, count: int) -> int:
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def choose(sources: Any) -> Any:
     """The index of the ring with the oldest next record, and the timestamp up to which it stays the oldest."""
     first = 0

@@ -5,13 +5,15 @@ reading never stops, so rings don't fill because nobody can see them.
 """
 
 import contextlib
+import os
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from logging_shm.facility import Severity
+from logging_shm.levels import LevelPolicy
 from logging_shm.lines import Batch
 from logging_shm.reader import BATCH_RECORDS, Reader
 from logging_shm.ring import SharedSPSCRingBuffer
@@ -28,13 +30,21 @@ REPORTS_MAX = 64  # lines of sinks about themselves that wait
 class Drain:
     """Reads rings in a thread of its own until `stop`. Rings come and go while it runs.
 
-    With `follow`, rings whose names begin so are found by themselves; when their owner is gone and they are read
-    to the end, they are unlinked.
+    With `follow`, rings whose names begin so are found by themselves, if they belong to this user, to root, or to one
+    of `owners`; `levels` are put into them. When their owner is gone and they are read to the end, they are unlinked.
     """
 
-    def __init__(self, sinks: Sequence[Sink], follow: str | None = None) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        follow: str | None = None,
+        owners: Collection[int] = (),
+        levels: LevelPolicy | None = None,
+    ) -> None:
         self.sinks = tuple(sinks)
         self._follow = follow
+        self._owners = {0, os.geteuid(), *owners}
+        self._levels = levels
         self._receiving = list(self.sinks)
         # By the segment's identity: a name may be another one's later.
         self._followed: dict[int, SharedSPSCRingBuffer] = {}
@@ -130,9 +140,11 @@ class Drain:
         for name in names():
             if name.startswith(prefix) and _identity(name) not in self._followed:
                 with contextlib.suppress(SegmentError):
-                    ring = SharedSPSCRingBuffer.attach(name)
+                    ring = SharedSPSCRingBuffer.attach(name, self._owners)
                     found[ring.segment.identity] = ring
         if found:
+            if self._levels is not None:
+                self._levels.apply(found.values())
             self._reader.add(found.values())
             self._followed |= found
 

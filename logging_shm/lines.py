@@ -8,7 +8,6 @@ every byte that comes from a segment is checked here: nothing can end a line, mo
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from logging_shm.append import (
     JSON,
@@ -29,6 +28,7 @@ from logging_shm.append import (
 )
 from logging_shm.atomics import int64, load_f64, load_i64, load_u8, load_u16, load_u32, store_i64, store_u8
 from logging_shm.facility import Facility, Severity
+from logging_shm.jit import compiled
 from logging_shm.layout import (
     ARGUMENTS_MAX,
     CORE_NONE,
@@ -164,7 +164,7 @@ class Frame(NamedTuple):
     syslog_facility: int  # RFC 5424's code
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_literal(at: int, literal: int, length: int, quoting: int) -> int:
     """Append a part of a format, which is printable already, with what its quoting needs."""
     for i in range(length):
@@ -177,7 +177,7 @@ def put_literal(at: int, literal: int, length: int, quoting: int) -> int:
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_plain_literal(at: int, literal: int, length: int) -> int:
     """Append a part of a format in which nothing needs quoting."""
     for i in range(0, length, WORD_BYTES):
@@ -185,7 +185,7 @@ def put_plain_literal(at: int, literal: int, length: int) -> int:
     return at + length
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def find_pair(record: int, name: int, length: int) -> int:
     """The address of the last pair whose key is the `length` bytes at `name`, 0 when there is none."""
     found = 0
@@ -200,14 +200,14 @@ def find_pair(record: int, name: int, length: int) -> int:
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_value(at: int, pair: int, quoting: int, printable: Any) -> int:
     """Append a pair's value."""
     length = min(int64(load_u8(pair + VALUE_LENGTH)), VALUE_BYTES)
     return put_printable(at, pair + VALUE, length, quoting, printable)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_message(at: int, batch: Any, index: int, quoting: int) -> int:
     """Append a record's message: its text, or its arguments as their format says."""
     record = batch.records.ctypes.data + index * RECORD_BYTES
@@ -240,7 +240,7 @@ def put_message(at: int, batch: Any, index: int, quoting: int) -> int:
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_argument(at: int, kind: int, address: int) -> int:
     """Append one typed argument."""
     value = int64(load_i64(address))
@@ -262,7 +262,7 @@ def put_argument(at: int, kind: int, address: int) -> int:
     return put_hex(at + 2, value, digits)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_key(at: int, pair: int, spelling: int, quoting: int, printable: Any) -> int:
     """Append a pair's key: as it is, as an SD-NAME, or as journald's capital letters."""
     length = min(int64(load_u8(pair + KEY_LENGTH)), KEY_BYTES)
@@ -280,13 +280,13 @@ def put_key(at: int, pair: int, spelling: int, quoting: int, printable: Any) -> 
     return at + length
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def is_shown_here(record: int, frame: Any) -> bool:
     """Whether a sink wants this record."""
     return load_u8(record + SEVERITY) <= frame.levels[load_u8(record + FACILITY)]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def format_text(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """`[Info] [Ingress] message`: records from `first` on; return (records done, lines, bytes), as all formats do."""
     start = int64(out.ctypes.data)
@@ -328,7 +328,7 @@ def format_text(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     return index, lines, at - start
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put_text_pairs(at: int, record: int, printable: Any) -> int:
     """Append ` key="value"` for each pair."""
     for i in range(load_u8(record + PAIR_COUNT)):
@@ -343,7 +343,7 @@ def put_text_pairs(at: int, record: int, printable: Any) -> int:
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def format_json(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """One JSON object a line."""
     start = int64(out.ctypes.data)
@@ -385,7 +385,7 @@ def format_json(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     return index, lines, at - start
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def format_syslog(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """RFC 5424 messages, without framing: PRI, time, host, application, pid, the facility as MSGID, structured data."""
     start = int64(out.ctypes.data)
@@ -425,7 +425,7 @@ def format_syslog(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> An
     return index, lines, at - start
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def format_journal(batch: Any, first: int, frame: Any, out: Any, ends: Any) -> Any:
     """Datagrams of journald's native protocol: a field a line."""
     start = int64(out.ctypes.data)

@@ -16,7 +16,6 @@ from typing import Any, Self
 from logging_shm.facility import RING_CAPACITY, Facility, Severity
 from logging_shm.layout import (
     ARGUMENTS_MAX,
-    FLAG_OVERWRITE,
     HEADER,
     LIMIT,
     MESSAGE_BYTES_MAX,
@@ -97,10 +96,10 @@ class SharedSPSCRingBuffer:
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        self.facility = Facility(segment.get("facility"))
-        self.core = segment.get("core")
-        self.capacity = segment.get("capacity")
-        self.overwrite = bool(segment.get("flags") & FLAG_OVERWRITE)
+        self.facility = segment.facility
+        self.core = segment.core
+        self.capacity = segment.capacity
+        self.overwrite = segment.overwrite
         self._memory = memoryview(segment.memory)
         self._words = self._memory.cast("q")
         self._head = STATE_WRITING | self.facility << 16 | self.core << 40

@@ -153,6 +153,7 @@ class Segment:
             segment.close()
             raise
         segment.set("magic", SEGMENT_MAGIC)
+        segment._keep(facility, capacity)
         return segment
 
     @classmethod
@@ -184,14 +185,22 @@ class Segment:
         version = segment.get("abi_version")
         if version != ABI_VERSION:
             raise OtherVersionError(f"/dev/shm/{name} has log version {version}, this program reads {ABI_VERSION}")
-        capacity = segment.get("capacity")
+        capacity, facility = segment.get("capacity"), segment.get("facility")
         if not 0 < capacity <= CAPACITY_MAX or capacity & (capacity - 1):
             raise SegmentError(f"/dev/shm/{name} has a damaged header: capacity {capacity}")
         if segment.size < segment_bytes(capacity):
             raise SegmentError(f"/dev/shm/{name} is truncated: {segment.size} bytes")
-        if segment.get("facility") not in Facility.__members__.values():
-            raise SegmentError(f"/dev/shm/{name} has a damaged header: facility {segment.get('facility')}")
+        if facility not in Facility.__members__.values():
+            raise SegmentError(f"/dev/shm/{name} has a damaged header: facility {facility}")
+        segment._keep(Facility(facility), capacity)
         return segment
+
+    def _keep(self, facility: Facility, capacity: int) -> None:
+        """Note what was checked: whoever else maps the segment may change its header at any time."""
+        self.facility = facility
+        self.capacity = capacity
+        self.core = self.get("core") & 0xFF
+        self.overwrite = bool(self.get("flags") & FLAG_OVERWRITE)
 
     def _fill_header(self, facility: Facility, capacity: int, core: int, overwrite: bool) -> None:
         start_ticks = process_start_ticks(os.getpid()) or 0
@@ -267,7 +276,7 @@ class Segment:
     def finish_dead(self) -> None:
         """Put the end of a ring in order whose writer was killed. Only for its successor, or when there is none."""
         cursor = self.get("write_cursor")
-        at = RECORDS_OFFSET + (cursor & (self.get("capacity") - 1)) * RECORD_BYTES
+        at = RECORDS_OFFSET + (cursor & (self.capacity - 1)) * RECORD_BYTES
         record = memoryview(self.memory)[at : at + RECORD_BYTES]
         state = RECORD.get(record, "state")
         if state == STATE_READY and RECORD.get(record, "sequence") == cursor:
