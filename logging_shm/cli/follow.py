@@ -19,6 +19,7 @@ from logging_shm.sinks.selection import Selection
 
 AGO = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+NEVER_NS = (1 << 63) - 1
 _TIMESTAMP = RECORD["timestamp_ns"]
 
 
@@ -30,14 +31,14 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Raises click's error for what is no time."""
         match = AGO.fullmatch(value)
-        if match:
-            return time.monotonic_ns() - int(float(match[1]) * SECONDS[match[2]] * 1e9)
         try:
+            if match:
+                return max(time.monotonic_ns() - int(float(match[1]) * SECONDS[match[2]] * 1e9), 0)
             moment = datetime.fromisoformat(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             self.fail(f"{value!r} is no time: expected 30s, 5m, 1h, or 2026-11-24T17:00:00", param, ctx)
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return int(moment.timestamp() * 1e9) - wall_clock.offset_ns()
+        return min(max(int(moment.timestamp() * 1e9) - wall_clock.offset_ns(), 0), NEVER_NS)
 
 
 @dataclass(frozen=True)
