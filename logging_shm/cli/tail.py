@@ -6,13 +6,17 @@ import select
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from logging_shm.cli.choose import Rings, fail, options
-from logging_shm.cli.follow import Filter, Follower, Moment
+from logging_shm.cli.moment import Moment
 from logging_shm.facility import RING_CAPACITY, Severity
 from logging_shm.ring import SharedSPSCRingBuffer
+
+if TYPE_CHECKING:
+    from logging_shm.cli.follow import Follower
 
 LINES = 10
 POLL_S = 0.02
@@ -73,6 +77,8 @@ def command(
         fail(chosen.none())
     for remark in chosen.remarks():
         click.echo(f"mcrlog: {remark}", err=True)
+    from logging_shm.cli.follow import Filter, Follower
+
     wanted = Filter(Severity[severity.capitalize()], grep, since_ns, as_json)
     follower = Follower(rings, wanted, max(RING_CAPACITY.values()))
     if lines is None and since_ns is None:
@@ -85,7 +91,7 @@ def command(
         return
 
 
-def go_on(follower: Follower, chosen: Rings, known: dict[str, SharedSPSCRingBuffer]) -> None:
+def go_on(follower: "Follower", chosen: Rings, known: dict[str, SharedSPSCRingBuffer]) -> None:
     """Show what comes, a batch of whole lines at a time, until nobody reads it."""
     reader_of_ours = select.poll()
     reader_of_ours.register(STDOUT, 0)  # POLLERR and POLLHUP are told unasked
@@ -102,7 +108,7 @@ def go_on(follower: Follower, chosen: Rings, known: dict[str, SharedSPSCRingBuff
             raise BrokenPipeError(errno.EPIPE, "nobody reads")
 
 
-def renew(follower: Follower, chosen: Rings, known: dict[str, SharedSPSCRingBuffer]) -> Iterator[str]:
+def renew(follower: "Follower", chosen: Rings, known: dict[str, SharedSPSCRingBuffer]) -> Iterator[str]:
     """Follow rings that came, also in the place of those that went; give the last lines of those."""
     present = {ring.segment.name: ring for ring in chosen.now()}
     gone = [

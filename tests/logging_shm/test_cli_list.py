@@ -214,6 +214,17 @@ def test_neither_numpy_nor_numba_is_loaded(instance: str, command: str) -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["tail", "--help"], ["tail", "-n", "x"], ["dump", "mcr_nothing"]])
+def test_neither_is_loaded_for_help_or_to_refuse_something(arguments: list[str]) -> None:
+    script = (
+        "import atexit, sys; from logging_shm.cli.main import main\n"
+        "atexit.register(lambda: print(sorted({'numpy', 'numba', 'llvmlite'} & set(sys.modules))))\n"
+        f"main({arguments})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_list_fits_into_80_columns_whatever_the_relay_is_called(instance: str) -> None:
     longest = instance.ljust(24, "x")
     with ring_of(longest, "dp_c254_bufferpool") as ring, ring_of(longest) as other:

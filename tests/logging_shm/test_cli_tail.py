@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from logging_shm import Drain, LogEntry, Severity, SharedSPSCRingBuffer
+from logging_shm.cli.choose import Rings
+from logging_shm.cli.follow import Filter, Follower
+from logging_shm.cli.tail import renew
 from logging_shm.sinks.url import Described
 from tests.logging_shm.command import DEADLINE_S, MCRLOG, Running, mcrlog, new_instance, ring_of, until
 from tests.logging_shm.remnants import SHM, clear, in_child
@@ -174,6 +177,19 @@ def test_a_follower_that_starts_first_shows_a_ring_that_comes(instance: str, tmp
         with Running(tmp_path, "tail", "-f", "--instance", instance) as follower, ring_of(instance) as ring:
             write(ring, "first words")
             follower.wait_for("first words")
+
+
+def test_what_was_written_just_before_a_ring_went_is_shown_before_it_is_forgotten(instance: str) -> None:
+    former = ring_of(instance)
+    chosen, known = Rings(instance=instance), {former.segment.name: former}
+    follower = Follower([former], Filter(), last=10)
+    write(former, "last words")
+    former.shutdown()
+    with ring_of(instance) as ring:
+        write(ring, "first words")
+        assert texts("".join(renew(follower, chosen, known))) == ["last words"]
+        assert texts("".join(follower.present())) == ["first words"]
+        assert known[ring.segment.name].segment.identity == ring.segment.identity
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["by instance", "by segment"])
