@@ -98,7 +98,7 @@ class SharedSPSCRingBuffer:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.facility = Facility(segment.get("facility"))
-        self.core = segment.get("core")
+        self.core = segment.get("core") & 0xFF  # a record has one byte for it; a dead writer may have left any number
         self.capacity = segment.get("capacity")
         self.overwrite = bool(segment.get("flags") & FLAG_OVERWRITE)
         self._memory = memoryview(segment.memory)
