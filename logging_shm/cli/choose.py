@@ -97,8 +97,10 @@ class Rings:
             return
         if is_forbidden(error):
             self.forbidden[user_of(uid)] = self.forbidden.get(user_of(uid), 0) + 1
-        elif RING.fullmatch(name) or is_remnant(name, uid):
-            self.unreadable.append(str(error))
+        elif is_remnant(name, uid):
+            self.unreadable.append(f"{error}: `mcrlog clean` removes it once nobody uses it")
+        elif RING.fullmatch(name):
+            self.unreadable.append(f"{error}: a relay that needs this name does not start until it is removed")
 
     def remarks(self) -> list[str]:
         """What is to be told of those that are not shown."""

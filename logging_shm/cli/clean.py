@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import click
 import posix_ipc
 
-from logging_shm.cli.choose import STATS, is_of
+from logging_shm.cli.choose import STATS, is_forbidden, is_of
 from logging_shm.ring import SharedSPSCRingBuffer
 from logging_shm.segment import SHM_DIRECTORY, SegmentError, names, open_private, owner_of, unlink, used_by
 
@@ -73,8 +73,10 @@ def clean(instance: str | None, dry_run: bool) -> Outcome:
                 outcome.removed[name] = left
         except FileNotFoundError:
             continue
-        except (SegmentError, posix_ipc.Error) as error:
-            outcome.left_alone.append(f"{error}" if isinstance(error, SegmentError) else f"{path}: {error}")
+        except SegmentError as error:
+            outcome.left_alone.append(f"{error}: run as its owner or as root" if is_forbidden(error) else str(error))
+        except posix_ipc.Error as error:  # of unlink
+            outcome.left_alone.append(f"{path}: {error}: run as its owner or as root")
     return outcome
 
 

@@ -46,6 +46,13 @@ def mcrlog(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*MCRLOG, *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
+def mcrlog_here(*arguments: str) -> str:
+    """What mcrlog prints, run in this process, which has the compiled code loaded: for what is not about processes."""
+    result = CliRunner().invoke(main, list(arguments), prog_name="mcrlog")
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
 def mcrlog_json(*arguments: str) -> Any:
     """Run mcrlog --json; what it printed."""
     result = mcrlog(*arguments, "--json")

@@ -115,6 +115,7 @@ def test_who_may_not_read_a_segment_removes_nothing_and_is_told(instance: str) -
     code, output = mcrlog_as("daemon", "clean", "--instance", instance)
     assert (code, left(instance)) == (1, ["supervisor"])
     assert f"left alone: /dev/shm/mcr_{instance}_supervisor" in output
+    assert ": run as its owner or as root\n" in output
 
 
 def test_who_can_not_tell_whether_a_remnant_is_in_use_leaves_it_alone(instance: str) -> None:

@@ -110,6 +110,7 @@ def test_what_a_log_left_unreadable_is_named_and_not_listed(instance: str, make:
         assert result.returncode == 0
         assert set(cells(result.stdout)) == {"segment", ring.segment.name}
         assert result.stderr.startswith(f"mcrlog: not shown: /dev/shm/mcr_{instance}_supervisor ")
+        assert result.stderr.endswith(": `mcrlog clean` removes it once nobody uses it\n")
         assert len(result.stderr.splitlines()) == 1
 
 
@@ -123,6 +124,7 @@ def test_a_foreign_file_is_named_only_where_a_relay_would_want_its_name(
     assert (result.returncode, result.stdout) == (0, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"mcrlog: not shown: /dev/shm/mcr_{instance}_supervisor")
+    assert line.endswith(": a relay that needs this name does not start until it is removed")
 
 
 def test_without_any_segment_list_says_so() -> None:

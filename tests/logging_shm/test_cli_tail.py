@@ -16,7 +16,7 @@ from logging_shm.cli.choose import Rings
 from logging_shm.cli.follow import Filter, Follower
 from logging_shm.cli.tail import renew
 from logging_shm.sinks.url import Described
-from tests.logging_shm.command import DEADLINE_S, MCRLOG, Running, mcrlog, new_instance, ring_of, until
+from tests.logging_shm.command import DEADLINE_S, MCRLOG, Running, mcrlog, mcrlog_here, new_instance, ring_of, until
 from tests.logging_shm.remnants import SHM, clear, in_child
 
 MS = 1_000_000
@@ -48,7 +48,7 @@ def texts(output: str) -> list[str]:
 def test_a_line_shows_time_severity_facility_message_core_pid_and_pairs(instance: str) -> None:
     with ring_of(instance, "dp_c3_ingress", core=3) as ring:
         ring.append(Severity.Warning, "hello", (("rule", "tv"),))
-        match = LINE.fullmatch(mcrlog("tail", "--instance", instance).stdout.rstrip("\n"))
+        match = LINE.fullmatch(mcrlog_here("tail", "--instance", instance).rstrip("\n"))
         assert match is not None
         assert match[1] == str(os.getpid())
 
@@ -56,7 +56,7 @@ def test_a_line_shows_time_severity_facility_message_core_pid_and_pairs(instance
 def test_a_json_line_shows_the_same(instance: str) -> None:
     with ring_of(instance, "dp_c3_ingress", core=3) as ring:
         ring.append(Severity.Warning, "hello", (("rule", "tv"),))
-        shown = json.loads(mcrlog("dump", "--json", "--instance", instance).stdout)
+        shown = json.loads(mcrlog_here("dump", "--json", "--instance", instance))
     assert {"severity": "Warning", "facility": "Ingress", "message": "hello", "core": 3}.items() <= shown.items()
     assert (shown["pid"], shown["pairs"]) == (os.getpid(), {"rule": "tv"})
 
@@ -65,8 +65,8 @@ def test_tail_shows_the_last_ten_lines_of_all_rings_merged_by_time(instance: str
     with ring_of(instance) as first, ring_of(instance, "controlplane") as second:
         for number in range(24):
             write((first, second)[number % 2], f"{number}", at_ns=(number + 1) * MS)
-        assert texts(mcrlog("tail", "--instance", instance).stdout) == [str(n) for n in range(14, 24)]
-        assert texts(mcrlog("tail", "-n", "2", "--instance", instance).stdout) == ["22", "23"]
+        assert texts(mcrlog_here("tail", "--instance", instance)) == [str(n) for n in range(14, 24)]
+        assert texts(mcrlog_here("tail", "-n", "2", "--instance", instance)) == ["22", "23"]
         assert (first.unread(), second.unread()) == (12, 12)
 
 
@@ -93,8 +93,7 @@ def test_filters_choose_lines(instance: str, options: list[str], expected: list[
         write(ring, "worse", Severity.Error)
         write(ring, "notable", Severity.Notice)
         write(other, "usual")
-        result = mcrlog("tail", "--instance", instance, *options)
-    assert (result.returncode, texts(result.stdout)) == (0, expected), result.stderr
+        assert texts(mcrlog_here("tail", "--instance", instance, *options)) == expected
 
 
 def test_since_shows_all_lines_that_are_younger(instance: str) -> None:
@@ -104,7 +103,7 @@ def test_since_shows_all_lines_that_are_younger(instance: str) -> None:
         now_ns = time.monotonic_ns()
         for seconds in range(60, 0, -1):
             write(ring, f"{seconds}", at_ns=now_ns - seconds * 1000 * MS)
-        shown = texts(mcrlog("tail", "--since", "30.5s", "--instance", instance).stdout)
+        shown = texts(mcrlog_here("tail", "--since", "30.5s", "--instance", instance))
     assert shown == [str(n) for n in range(int(shown[0]), 0, -1)]
     assert 10 < int(shown[0]) <= 30
 
@@ -115,9 +114,9 @@ def test_dump_shows_the_last_records_of_each_ring_those_read_by_the_drain_too(in
             write(ring, f"{number}", at_ns=(number + 1) * MS)
             ring.read()
         write(other, "between", at_ns=5 * MS - 1)
-        assert texts(mcrlog("dump", "--instance", instance).stdout) == ["0", "1", "2", "3", "between", "4", "5"]
-        assert texts(mcrlog("dump", "--last", "1", "--instance", instance).stdout) == ["between", "5"]
-        assert texts(mcrlog("dump", f"/dev/shm/{other.segment.name}").stdout) == ["between"]
+        assert texts(mcrlog_here("dump", "--instance", instance)) == ["0", "1", "2", "3", "between", "4", "5"]
+        assert texts(mcrlog_here("dump", "--last", "1", "--instance", instance)) == ["between", "5"]
+        assert texts(mcrlog_here("dump", f"/dev/shm/{other.segment.name}")) == ["between"]
 
 
 def test_dump_shows_the_last_words_of_a_killed_process(instance: str) -> None:
@@ -241,7 +240,7 @@ def test_a_closed_pipe_ends_dump_without_a_word(instance: str) -> None:
 def test_no_byte_in_a_ring_reaches_the_terminal_as_it_is(instance: str) -> None:
     with ring_of(instance) as ring:
         ring.write(LogEntry(Severity.Info, ring.facility, "\033[2Jgone\n[Error] forged", pairs=(("a\r", "\033"),)))
-        output = mcrlog("tail", "--instance", instance).stdout
+        output = mcrlog_here("tail", "--instance", instance)
     assert len(output.splitlines()) == 1
     assert output.rstrip("\n").isprintable()
 
