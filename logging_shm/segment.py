@@ -423,10 +423,11 @@ def is_remnant(name: str, uid: int = -1) -> bool:
 def owner_of(name: str, uid: int = -1) -> int | None:
     """The living process that a segment belongs to, None when it is stale. Raises SegmentError for another's file.
 
-    What can't be read but was made by a log, see is_remnant, belongs to whoever has it open.
+    Ours are root's, the caller's and those of `uid`. What can't be read but was made by a log, see is_remnant, belongs
+    to whoever has it open.
     """
     try:
-        segment = Segment.attach(name)
+        segment = Segment.attach(name, {0, os.geteuid(), uid})
     except SegmentError:
         if not is_remnant(name, uid):
             raise

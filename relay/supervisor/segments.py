@@ -84,7 +84,9 @@ def _owner(name: str, uid: int) -> int | None:
     except SegmentError as error:
         if _inode(name) is None:  # `mcrlog clean` was faster
             return None
-        raise PreflightError(f"{error}: remove it, or choose another --instance") from error
+        raise PreflightError(
+            f"{str(error).removesuffix(': remove it')}: remove it, or choose another --instance"
+        ) from error
 
 
 def remove_stale(instance: str | None, uid: int = -1, patience_s: float = ORPHANS_END_S) -> Stale:
@@ -107,7 +109,7 @@ def remove_stale(instance: str | None, uid: int = -1, patience_s: float = ORPHAN
     stale = Stale()
     for name in found:
         with contextlib.suppress(SegmentError):
-            ring = SharedSPSCRingBuffer.attach(name)
+            ring = SharedSPSCRingBuffer.attach(name, {0, os.geteuid(), uid})
             ring.segment.finish_dead()
             stale.rings.append(ring)
             stale.records += ring.unread()

@@ -15,7 +15,7 @@ from logging_shm import Drain, Facility, LogEntry, Segment, SegmentError, Severi
 from logging_shm.layout import RECORD, RECORD_BYTES, RECORDS_OFFSET, STATE_READY, STATE_WRITING
 from logging_shm.segment import is_running, names, owner_of, process_start_ticks, remove_stale
 from logging_shm.sinks.url import Described
-from tests.logging_shm.remnants import FOREIGN, REMNANTS, SHM, clear, in_child, waiting
+from tests.logging_shm.remnants import FOREIGN, REMNANTS, SHM, clear, in_child, of_a_dead_process, waiting
 
 CAPACITY = 8
 
@@ -226,6 +226,17 @@ def test_another_users_remnant_is_foreign_unless_that_user_is_meant(name: str) -
     os.chown(SHM / name, stranger, -1)
     with pytest.raises(SegmentError):
         owner_of(name)
+    assert owner_of(name, stranger) is None
+
+
+def test_another_users_segment_is_foreign_unless_that_user_is_meant(name: str) -> None:
+    of_a_dead_process(name)
+    stranger = pwd.getpwnam("daemon").pw_uid
+    os.chown(SHM / name, stranger, -1)
+    with pytest.raises(SegmentError, match=f"/dev/shm/{name} belongs to user id {stranger}"):
+        owner_of(name)
+    with pytest.raises(SegmentError, match=f"/dev/shm/{name} exists"):
+        SharedSPSCRingBuffer.create(name, CAPACITY)
     assert owner_of(name, stranger) is None
 
 

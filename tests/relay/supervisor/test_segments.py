@@ -108,6 +108,16 @@ def test_a_foreign_file_is_named_with_a_remedy_and_nothing_at_all_is_removed(
     assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
 
 
+@pytest.mark.parametrize("role", ["supervisor", "dp_c0_ingress", "dp_c0_stats"])
+def test_what_another_user_made_is_foreign(instance: str, role: str) -> None:
+    in_child(lambda: make_relay(instance))
+    name, stranger = f"mcr_{instance}_{role}", pwd.getpwnam("daemon").pw_uid
+    os.chown(SHM / name, stranger, -1)
+    with pytest.raises(PreflightError, match=rf"/dev/shm/{name} .*: remove it, or choose another --instance"):
+        remove_stale(instance, WORKER_UID)
+    assert len(names_of(instance)) == 7
+
+
 @pytest.mark.parametrize("content", [b"", bytes(STATS_BYTES)], ids=["empty", "allocated only"])
 def test_a_half_made_stats_segment_is_removed(instance: str, content: bytes) -> None:
     private(f"mcr_{instance}_dp_c0_stats", content)
