@@ -10,11 +10,12 @@ import ctypes
 import mmap
 import os
 import re
+import stat
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import posix_ipc
 
@@ -44,6 +45,8 @@ SHM_DIRECTORY = Path("/dev/shm")
 NAME = re.compile(r"mcr_[A-Za-z0-9_.-]{1,200}")
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 OTHERS = 0o077  # mode bits of anybody but the owner
+COUNT_MAX = (1 << 63) - 1  # of a header's field: a writer that went wrong may leave any number there
+CHUNK_BYTES = 1 << 20
 
 
 class SegmentError(Exception):
@@ -57,11 +60,11 @@ class OtherVersionError(SegmentError):
 def process_start_ticks(pid: int) -> int | None:
     """The start time of a process in clock ticks since boot (proc(5), stat field 22), None when gone."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_bytes()  # a process may be called anything, also what is no UTF-8
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    fields = text.rpartition(b")")[2].split()
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def is_running(pid: int, start_ticks: int) -> bool:
@@ -121,7 +124,7 @@ class Segment:
         """
         if not 0 < capacity <= CAPACITY_MAX or capacity & (capacity - 1):
             raise ValueError(f"capacity {capacity}: expected a power of two up to {CAPACITY_MAX}")
-        remove_stale(name)
+        remove_stale(name, uid)
         try:
             shm = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError as error:
@@ -199,7 +202,7 @@ class Segment:
         """Note what was checked: whoever else maps the segment may change its header at any time."""
         self.facility = facility
         self.capacity = capacity
-        self.core = self.get("core") & 0xFF
+        self.core = self.get("core") & 0xFF  # a record has one byte for it; a dead writer may have left any number
         self.overwrite = bool(self.get("flags") & FLAG_OVERWRITE)
 
     def _fill_header(self, facility: Facility, capacity: int, core: int, overwrite: bool) -> None:
@@ -280,10 +283,10 @@ class Segment:
         record = memoryview(self.memory)[at : at + RECORD_BYTES]
         state = RECORD.get(record, "state")
         if state == STATE_READY and RECORD.get(record, "sequence") == cursor:
-            self.set("write_cursor", cursor + 1)
+            self.set("write_cursor", min(cursor + 1, COUNT_MAX))
         elif state == STATE_WRITING:
             RECORD.set(record, "state", 0)
-            self.set("unfinished", self.get("unfinished") + 1)
+            self.set("unfinished", min(self.get("unfinished") + 1, COUNT_MAX))
 
     def register(self, number: int, text: str) -> None:
         """Register a format under a number from 1 to 31. Raises ValueError for one that can't be."""
@@ -363,36 +366,92 @@ class Segment:
         self.close()
 
 
-def mapped_by(name: str) -> list[int]:
-    """The processes that map a segment; those of other users are seen by root only."""
-    path = f"/dev/shm/{name}\n"
+def used_by(name: str) -> list[int]:
+    """The processes that map a segment or hold it open. Raises SegmentError when the caller may not look at enough.
+
+    Even root may be kept from looking at a process, as at a container's first; a relay's supervisor it always sees.
+    """
+    path = SHM_DIRECTORY / name
+    mapping = b" " + os.fsencode(path)
     pids = []
-    for entry in Path("/proc").glob("[0-9]*/maps"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            mapped = any(line.endswith(path) for line in entry.open())
-        except OSError:
+            is_mapped = any(line.endswith(mapping) for line in (process / "maps").read_bytes().splitlines())
+            if is_mapped or any(descriptor.readlink() == path for descriptor in (process / "fd").iterdir()):
+                pids.append(int(process.name))
+        except PermissionError:
+            if os.geteuid():
+                raise SegmentError(
+                    f"/dev/shm/{name} can't be read, and only root can tell whether it is in use: run as root"
+                ) from None
+        except OSError:  # it ended meanwhile
             continue
-        if mapped:
-            pids.append(int(entry.parent.name))
     return pids
 
 
-def owner_of(name: str) -> int | None:
-    """The living process that a segment belongs to, None when it is stale. Raises SegmentError for another's file."""
+def open_private(name: str, uid: int = -1) -> BinaryIO | None:
+    """A file in /dev/shm as nobody but a log's processes makes them: regular, 0600, of root, the caller or `uid`."""
+    path = SHM_DIRECTORY / name
     try:
-        segment = Segment.attach(name)
-    except OtherVersionError:
-        pids = mapped_by(name)
-        return pids[0] if pids else None
-    if segment.writer_is_running():
-        return segment.get("process")
-    return segment.get("creator") if segment.is_owned() else None
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o777 != 0o600:
+            return None
+        if status.st_uid not in (0, os.geteuid(), uid):
+            return None
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    except OSError:
+        return None
 
 
-def remove_stale(name: str) -> bool:
+def is_zero(file: BinaryIO) -> bool:
+    """Whether nothing but zeros follows."""
+    return all(chunk.count(0) == len(chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))
+
+
+def is_remnant(name: str, uid: int = -1) -> bool:
+    """Whether a file that can't be attached was made by a log, of root, the caller or `uid`.
+
+    It is damaged, of another version, or its creator was killed before it wrote the magic: then it is empty, or has
+    the size of a segment and no records.
+    """
+    file = open_private(name, uid)
+    if file is None:
+        return False
+    with file:
+        header = file.read(RECORDS_OFFSET)
+        magic = int.from_bytes(header[:8], "little")
+        if magic or not header:
+            return magic == SEGMENT_MAGIC or not header
+        size = os.fstat(file.fileno()).st_size
+        capacity = max(size - RECORDS_OFFSET, 0) // RECORD_BYTES
+        if not capacity or capacity & (capacity - 1) or size != segment_bytes(capacity):
+            return False
+        return (not any(header) or HEADER.get(header, "abi_version") == ABI_VERSION) and is_zero(file)
+
+
+def owner_of(name: str, uid: int = -1) -> int | None:
+    """The living process that a segment belongs to, None when it is stale. Raises SegmentError for another's file.
+
+    Ours are root's, the caller's and those of `uid`. What can't be read but was made by a log, see is_remnant, belongs
+    to whoever has it open.
+    """
+    try:
+        segment = Segment.attach(name, {0, os.geteuid(), uid})
+    except SegmentError:
+        if not is_remnant(name, uid):
+            raise
+    else:
+        if segment.writer_is_running():
+            return segment.get("process")
+        return segment.get("creator") if segment.is_owned() else None
+    # Not in the handler: there the exception's frames still map the segment, and this process would be found.
+    return next(iter(used_by(name)), None)
+
+
+def remove_stale(name: str, uid: int = -1) -> bool:
     """Remove a segment whose owner is gone; True when there was one. Raises SegmentError when it lives."""
     try:
-        pid = owner_of(name)
+        pid = owner_of(name, uid)
     except SegmentError:
         return False
     if pid is not None:

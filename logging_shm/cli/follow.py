@@ -1,12 +1,9 @@
 """What `tail` and `dump` share: records of chosen rings as lines, filtered, without taking any from the drain."""
 
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-import click
 import numpy as np
 
 from logging_shm.facility import Severity
@@ -14,30 +11,10 @@ from logging_shm.layout import RECORD
 from logging_shm.lines import Batch
 from logging_shm.reader import BATCH_RECORDS, Reader
 from logging_shm.ring import SharedSPSCRingBuffer
-from logging_shm.sinks.base import Formatter, messages, wall_clock
+from logging_shm.sinks.base import Formatter, messages
 from logging_shm.sinks.selection import Selection
 
-AGO = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TIMESTAMP = RECORD["timestamp_ns"]
-
-
-class Moment(click.ParamType):  # type: ignore[type-arg]
-    """`5m`, `30s`, `1h` ago, or a time such as 2026-11-24T17:00:00 in UTC; gives CLOCK_MONOTONIC nanoseconds."""
-
-    name = "time"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Raises click's error for what is no time."""
-        match = AGO.fullmatch(value)
-        if match:
-            return time.monotonic_ns() - int(float(match[1]) * SECONDS[match[2]] * 1e9)
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is no time: expected 30s, 5m, 1h, or 2026-11-24T17:00:00", param, ctx)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return int(moment.timestamp() * 1e9) - wall_clock.offset_ns()
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,112 @@
 """`mcrlog stat`: records and drops a second of each ring, live. Reads cursors only."""
 
+import contextlib
+import json
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import click
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from logging_shm.cli import choose
+from logging_shm.cli.choose import Rings, fail, options
 from logging_shm.ring import SharedSPSCRingBuffer
 
-Sample = tuple[int, int]  # written, dropped
+EPILOG = """\b
+Examples:
+  mcrlog stat --instance tv
+  mcrlog stat --json --count 1 --interval-s 5
+
+On a terminal that is too low for all rings the busiest are shown.
+"""
+LINES_AROUND = 3  # the head, what was left out, and the line in which the cursor stands
+TITLES = ("records/s", "drops/s", "fill", "written", "dropped")
+PIPE_COLUMNS = 500  # for whatever reads it: nothing is cut
+NARROW = 3  # of these, where the terminal is too narrow; `mcrlog list` has the others
 
 
-def sample(ring: SharedSPSCRingBuffer) -> Sample:
-    """A ring's counters now."""
-    return ring.segment.get("write_cursor"), sum(ring.segment.dropped())
+@dataclass(frozen=True)
+class Sample:
+    """A ring's counters at a moment."""
+
+    at_s: float
+    written: int
+    dropped: int
 
 
-def table(
-    rings: Sequence[SharedSPSCRingBuffer], before: Sequence[Sample], after: Sequence[Sample], seconds: float
-) -> Table:
-    """What changed between two samples."""
-    view = Table(box=None, pad_edge=False)
+@dataclass(frozen=True)
+class Row:
+    """What is shown of a ring."""
+
+    segment: str
+    records_per_s: float
+    drops_per_s: float
+    unread: int
+    capacity: int
+    written: int
+    dropped: int
+
+    def cells(self) -> list[str]:
+        """As a table has it."""
+        fill = f"{self.unread * 100 // self.capacity}%"
+        rates = [f"{self.records_per_s:.0f}", f"{self.drops_per_s:.0f}"]
+        return [self.segment, *rates, fill, str(self.written), str(self.dropped)]
+
+
+class Meter:
+    """Looks at rings again and again; a ring made anew under its old name begins anew."""
+
+    def __init__(self, chosen: Rings) -> None:
+        self._chosen = chosen
+        self._known: dict[str, tuple[SharedSPSCRingBuffer, Sample]] = {}
+
+    def look(self) -> list[Row]:
+        """The rings that there are, and their rates since the last look: 0 for those that were not there then."""
+        rows = []
+        known, self._known = self._known, {}
+        for found in self._chosen.now():
+            name = found.segment.name
+            sample = Sample(time.monotonic(), found.segment.get("write_cursor"), sum(found.segment.dropped()))
+            ring, before = known.get(name, (found, sample))
+            if ring.segment.identity != found.segment.identity:
+                before = sample
+            self._known[name] = found, sample
+            seconds = sample.at_s - before.at_s or 1.0
+            records, drops = (sample.written - before.written) / seconds, (sample.dropped - before.dropped) / seconds
+            rows.append(Row(name, records, drops, found.unread(), found.capacity, sample.written, sample.dropped))
+        return rows
+
+
+def table(rows: list[Row], width: int | None, height: int | None) -> Table:
+    """A screen of rings, whatever its size; None is as much as is wanted."""
+    left_out = 0
+    if height is not None and len(rows) > height - LINES_AROUND:
+        kept = sorted(rows, key=lambda row: (-row.drops_per_s, -row.records_per_s))[: max(height - LINES_AROUND, 1)]
+        left_out = len(rows) - len(kept)
+        rows = [row for row in rows if row in kept]
+    cells = [["segment", *TITLES], *(row.cells() for row in rows)]
+    needed = sum(2 + max(map(len, column)) for column in zip(*cells, strict=True)) - 2
+    columns = len(TITLES) if width is None or needed <= width else NARROW
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left")
     view.add_column("segment", no_wrap=True)
-    for title in ("records/s", "drops/s", "fill", "written", "dropped"):
-        view.add_column(title, justify="right")
-    for ring, old, new in zip(rings, before, after, strict=True):
-        view.add_row(
-            ring.segment.name,
-            f"{(new[0] - old[0]) / seconds:.0f}",
-            f"{(new[1] - old[1]) / seconds:.0f}",
-            f"{ring.unread() * 100 // ring.capacity}%",
-            str(new[0]),
-            str(new[1]),
-        )
+    for title in TITLES[:columns]:
+        view.add_column(title, justify="right", no_wrap=True)
+    for row in cells[1:]:
+        view.add_row(*row[: columns + 1])
+    if left_out:
+        view.add_row(f"… and {left_out} that are quieter")
     return view
 
 
-@click.command()
+@click.command(epilog=EPILOG)
 @click.argument("segments", nargs=-1)
-@choose.options
-@click.option("--interval-s", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Between two looks.")
-@click.option("--count", type=click.IntRange(1), help="End after so many looks. [default: Ctrl-C ends]")
+@options
+@click.option("--interval-s", type=click.FloatRange(0.1), metavar="S", default=1.0, show_default=True)
+@click.option("--count", type=click.IntRange(1), metavar="N", help="End after so many looks. [default: Ctrl-C ends]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one array a look and line.")
 def command(
     segments: tuple[str, ...],
     instance: str | None,
@@ -51,24 +114,24 @@ def command(
     core: int | None,
     interval_s: float,
     count: int | None,
+    as_json: bool,
 ) -> None:
     """Records and drops a second of each ring, like top."""
-    rings = list(choose.rings(segments, instance, facility, core))
-    if not rings:
-        choose.fail("no log rings: is a relay running?")
-    before, since_s = [sample(ring) for ring in rings], time.monotonic()
-    console = Console()
+    chosen = Rings(segments, instance, facility, core)
+    meter = Meter(chosen)
+    if not meter.look():
+        fail(chosen.none())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the cursor would stay hidden
+    console = Console(highlight=False)
+    screen = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
     looks = 0
-    with Live(console=console, auto_refresh=False) as live:
-        try:
-            while count is None or looks < count:
-                time.sleep(interval_s)
-                after, now_s = [sample(ring) for ring in rings], time.monotonic()
-                view = table(rings, before, after, now_s - since_s)
-                before, since_s, looks = after, now_s, looks + 1
-                if console.is_terminal:
-                    live.update(view, refresh=True)
-                else:
-                    console.print(view)
-        except KeyboardInterrupt:
-            return
+    with contextlib.suppress(KeyboardInterrupt), screen or contextlib.nullcontext():
+        while count is None or looks < count:
+            time.sleep(interval_s)
+            rows, looks = meter.look(), looks + 1
+            if as_json:
+                click.echo(json.dumps([vars(row) for row in rows]))
+            elif screen is not None:
+                screen.update(table(rows, console.width, console.height), refresh=True)
+            else:
+                Console(width=PIPE_COLUMNS, highlight=False).print(table(rows, None, None))

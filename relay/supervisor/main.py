@@ -83,7 +83,8 @@ class Supervisor:
     def run(self) -> int:
         """Run until told to stop; return the exit code. Raises RelayError when starting fails."""
         with self._stack:
-            self._open_logs()
+            with segments.explained():
+                self._open_logs()
             self._open_sockets()
             self._start()
             while not self._stopping:
@@ -95,7 +96,7 @@ class Supervisor:
         """Take hold of the instance's name: its segments, which tell a second relay that this one runs."""
         options, (uid, gid) = self._options, self._owner
         _raise_descriptor_limit()
-        stale = segments.remove_stale(options.instance)
+        stale = segments.remove_stale(options.instance, uid)
         logging = self._stack.enter_context(SupervisorLogging(options.instance))
         self._log = logging.logger(Facility.Supervisor)
         name = segment_name(Facility.ControlPlane, instance=options.instance)
