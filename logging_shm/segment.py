@@ -147,6 +147,7 @@ class Segment:
         try:
             segment._fill_header(facility, capacity, CORE_NONE if core is None else core & 0xFF, overwrite)
             segment._set_instance(instance or "")
+            segment._keep(facility, capacity)
             for number, text in (formats or {}).items():
                 segment.register(number, text)
             segment.claim()
@@ -156,7 +157,6 @@ class Segment:
             segment.close()
             raise
         segment.set("magic", SEGMENT_MAGIC)
-        segment._keep(facility, capacity)
         return segment
 
     @classmethod

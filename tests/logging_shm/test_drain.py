@@ -25,9 +25,9 @@ class Kept(Sink):
         super().__init__(name, "text", Selection(**selection))
         self.lines: list[str] = []
 
-    def deliver(self, chunk: Chunk) -> int:
+    def deliver(self, chunk: Chunk) -> None:
         self.lines += [line.decode().rstrip("\n") for line in messages(chunk)]
-        return len(chunk.ends)
+        self.advance(len(chunk.ends))
 
     def close_target(self) -> None:
         pass
@@ -57,17 +57,17 @@ class Stuck(Kept):
         super().__init__("stuck")
         self.entered, self.let_go = threading.Event(), threading.Event()
 
-    def deliver(self, chunk: Chunk) -> int:
+    def deliver(self, chunk: Chunk) -> None:
         if chunk.data:
             self.entered.set()
         self.let_go.wait()
-        return super().deliver(chunk)
+        super().deliver(chunk)
 
 
 class Failing(Kept):
     """Its target is always full."""
 
-    def deliver(self, chunk: Chunk) -> int:
+    def deliver(self, chunk: Chunk) -> None:
         raise OSError(28, "No space left on device")
 
 

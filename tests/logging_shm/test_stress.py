@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit
 
 from logging_shm import Reader, Severity, SharedSPSCRingBuffer
 from logging_shm.atomics import int64, load_i64, load_u8, load_u16, store_i64
 from logging_shm.compiled import write_event, write_event_about, write_text
+from logging_shm.jit import compiled
 from logging_shm.layout import MESSAGE_BYTES_MAX, PAIR, RECORD, RECORD_BYTES, pair_key
 from tests.logging_shm.conftest import MakeRing
 
@@ -35,14 +35,14 @@ SEQUENCE, TIMESTAMP, PROCESS = RECORD["sequence"], RECORD["timestamp_ns"], RECOR
 TORN = -1
 
 
-@njit
+@compiled
 def mix(value: int) -> int:
     """A checksum step: what differs in one bit differs in many."""
     value = int64(value) * int64(0x5851F42D4C957F2D) + int64(0x14057B7EF767814F)
     return int64(value ^ (value >> 29))
 
 
-@njit
+@compiled
 def write_numbered(segment: Any, number: int, text: Any) -> bool:
     """Write record `number`, in turn as typed arguments, as those with a pair, and as text of up to 160 bytes."""
     check = mix(number)
@@ -61,7 +61,7 @@ def write_numbered(segment: Any, number: int, text: Any) -> bool:
     return write_text(segment, INFO, number + 1, text, 8 * words)
 
 
-@njit
+@compiled
 def number_of(record: int) -> int:
     """The number of a record whose every part agrees with it, TORN otherwise."""
     number = int64(load_i64(record + MESSAGE))
@@ -85,7 +85,7 @@ def number_of(record: int) -> int:
     return number if number % 3 == 2 and length == 8 * (2 + number % 19) else TORN
 
 
-@njit
+@compiled
 def produce(segment: Any, first: int, count: int, text: Any) -> int:
     """Write `count` records; a full ring refuses some. Returns how many it refused."""
     refused = 0
@@ -95,7 +95,7 @@ def produce(segment: Any, first: int, count: int, text: Any) -> int:
     return refused
 
 
-@njit
+@compiled
 def check_batch(records: Any, last: int) -> Any:
     """Check a batch; return the number of its last record, how many were torn, and how many out of order."""
     torn = disordered = 0
