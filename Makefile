@@ -9,9 +9,9 @@ export PYTHONDONTWRITEBYTECODE := 1
 endif
 ARGS ?=
 
-.PHONY: help setup run test lint demo bench lock clean
+.PHONY: help setup run test lint demo bench bench-log soak lock clean
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 setup: ## virtual environment, locked packages, compiled code
 	@command -v $(PYTHON) >/dev/null || { echo "setup: no $(PYTHON): install Python 3.11 or newer" >&2; exit 1; }
@@ -35,6 +35,12 @@ demo: setup ## ten seconds of relayed traffic in network namespaces of its own (
 
 bench: setup ## throughput, loss and cost of one worker, in namespaces of its own (as root)
 	@$(BIN)/python -m tools.bench.throughput $(ARGS)
+
+bench-log: setup ## what a log record costs, beside other libraries, and what the relay pays for it (as root)
+	@$(BIN)/python -m tools.bench.logging $(ARGS)
+
+soak: setup ## the log's long run: 100 million records between two processes, 10 000 killed writers
+	@MCR_STRESS_RECORDS=100000000 MCR_STRESS_KILLS=10000 $(BIN)/python -m pytest -o timeout=7200 tests/logging_shm/test_stress.py $(ARGS)
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \

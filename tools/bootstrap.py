@@ -24,6 +24,7 @@ PROGRAMS = {
     "ffmpeg": "ffmpeg",
     "setpriv": "util-linux",
     "sysctl": "procps",
+    "strace": "strace",
     "cc": "gcc libc6-dev",
     "mount": "mount",
     "rsyslogd": "rsyslog",
