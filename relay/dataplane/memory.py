@@ -109,6 +109,9 @@ WORKER = np.dtype(
         ("idle_mode", "<i8"),
         ("spin_ns", "<i8"),
         ("nap_ns", "<i8"),
+        ("gap_ns", "<i8"),  # mean distance of datagrams lately
+        ("gap_since_ns", "<i8"),
+        ("gap_packets", "<i8"),
         ("draining", "<i8"),
         ("trace", "<i8"),
         ("timespec", "<i8", (2,)),

@@ -21,6 +21,7 @@ PYTHON = sys.executable
 BIN = Path(sys.executable).parent
 DEADLINE_S = 60.0
 POLL_S = 0.02
+STOP_S = 15.0  # a stop takes under 2 s; the machine may be busy
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -135,10 +136,13 @@ class Relay:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(5)
+                self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        for leftover in self.leftovers():
+            print(f"--- left by {self.instance}: {leftover}")
+            Path(leftover).unlink()
         print(f"--- log of {self.instance} ---\n{self.text()}")  # shown when the test failed
 
 
