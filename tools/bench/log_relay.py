@@ -101,13 +101,14 @@ def table(runs: dict[str, list[Run]], rounds: int) -> Table:
     )
     for column in ("level", "worker ns", "beside off", "supervisor ns", "datagrams lost", "records lost"):
         view.add_column(column, justify="left" if column == "level" else "right")
-    off = statistics.median(run.worker_ns for run in runs[LEVELS[0]])
+    off = runs[LEVELS[0]]
     for level, results in runs.items():
-        worker = statistics.median(run.worker_ns for run in results)
+        # Run by run, as the machine's other load hits neighbours alike.
+        ratios = [run.worker_ns / beside.worker_ns - 1 for run, beside in zip(results, off, strict=True)]
         view.add_row(
             {"emergency": "off"}.get(level, level.capitalize()),
-            f"{worker:,.0f}",
-            f"{worker / off - 1:+.1%}",
+            f"{statistics.median(run.worker_ns for run in results):,.0f}",
+            f"{statistics.median(ratios):+.1%} ({min(ratios):+.1%} … {max(ratios):+.1%})",
             f"{statistics.median(run.supervisor_ns for run in results):,.0f}",
             str(sum(run.lost for run in results)),
             str(sum(run.untraced for run in results)),
