@@ -33,8 +33,8 @@ lint: setup ## ruff and strict types
 demo: setup ## ten seconds of relayed traffic in network namespaces of its own (as root)
 	@$(BIN)/python -m tools.demo
 
-bench: setup ## throughput, loss and cost of one worker, in namespaces of its own (as root)
-	@$(BIN)/python -m tools.bench.throughput $(ARGS)
+bench: setup ## the relay beside its peers: throughput, CPU, latency … (as root) [ARGS="--quick"]
+	@$(BIN)/python -m tools.bench.relay $(ARGS)
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \
