@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from tools.bench.relay import report
-from tools.bench.relay.parts import PARTS, Bench, Plan
+from tools.bench.relay.bench import Bench, Plan
+from tools.bench.relay.parts import PARTS
 from tools.bench.relay.peers import PEERS, Peer
 from tools.bench.relay.results import FLAT_OUT, Results
 

@@ -43,6 +43,7 @@ class LoadOrder:
     size: int
     streams: int = 1
     segments: int = 0  # datagrams in a message that the kernel cuts, 0 for as many as it takes, 1 for single sends
+    count: int = 1 << 62  # no more than these, whatever time remains
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def obey_load(sender: socket.socket, order: LoadOrder) -> Sent:
     """Send."""
     load = make_load(addresses(order.streams), order.size)
     segments = order.segments or segments_of(order.size)
-    arguments = (order.size, segments, float(order.rate), TICK_NS, int(order.seconds * 1e9))
+    arguments = (order.size, segments, float(order.rate), TICK_NS, int(order.seconds * 1e9), order.count)
     elapsed_ns = send_paced(load, sender.fileno(), *arguments)
     state = load.state[0]
     return Sent(int(state["datagrams"]), elapsed_ns / 1e9, int(state["errors"]), int(state["last_errno"]))
@@ -140,22 +141,28 @@ class Generator:
             raise RuntimeError(f"the generator ended with status {self.process.wait()}")
         return line
 
-    def _order(self, order: LoadOrder | ProbeOrder) -> Any:
+    def begin(self, order: LoadOrder | ProbeOrder) -> None:
+        """Give an order; it is obeyed while the caller does something else."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asdict(order)) + "\n")
         self.process.stdin.flush()
-        return json.loads(self._answer())
 
     def send(self, order: LoadOrder) -> Sent:
         """Send, to the end. Raises RuntimeError when the kernel refused anything."""
-        sent = Sent(**self._order(order))
+        self.begin(order)
+        return self.finish()
+
+    def finish(self) -> Sent:
+        """What came of the load that was begun. Raises RuntimeError when the kernel refused anything."""
+        sent = Sent(**json.loads(self._answer()))
         if sent.errors:
             raise RuntimeError(f"the generator could not send: {os.strerror(sent.last_errno)}")
         return sent
 
     def probe(self, order: ProbeOrder) -> Any:
         """Measure latency; see probe.py."""
-        return self._order(order)
+        self.begin(order)
+        return json.loads(self._answer())
 
     def close(self) -> None:
         """End the process."""

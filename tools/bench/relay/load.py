@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numba import njit
 
-from logging_shm.atomics import int64, load_u32, store_i32, store_i64, store_u16
+from logging_shm.atomics import int64, load_i64, load_u32, store_i32, store_i64, store_u16
 from relay.dataplane.layout import IOVEC, MMSGHDR, SOCKADDR_IN, UDP_PAYLOAD_MAX, UDP_SEGMENTS_MAX
 from relay.dataplane.send import CMSG_HEADER_BYTES, SOL_UDP, UDP_SEGMENT
 from relay.dataplane.syscalls import clock_gettime, clock_nanosleep
@@ -21,7 +21,6 @@ from tools.sending import (
     errno_location,
     sendmmsg,
 )
-from logging_shm.atomics import load_i64
 
 MESSAGES_MAX: Final = 64  # in one sendmmsg
 FORGIVEN_NS: Final = 1_000_000  # a sender that was kept from its core for longer doesn't make up for it in one burst
@@ -121,18 +120,24 @@ def send_some(s: Any, fd: int, size: int, segments: int, due: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def send_paced(s: Any, fd: int, size: int, segments: int, rate: float, tick_ns: int, duration_ns: int) -> int:
-    """Send `rate` datagrams/s for a time, 0 for as many as go; return the nanoseconds that it took."""
+def send_paced(
+    s: Any, fd: int, size: int, segments: int, rate: float, tick_ns: int, duration_ns: int, count_max: int
+) -> int:
+    """Send `rate` datagrams/s, 0 for as many as go, for a time or until they are `count_max`.
+
+    Returns the nanoseconds that it took.
+    """
     start_ns = monotonic_ns(s)
     end_ns = start_ns + duration_ns
     origin_ns = start_ns
     scheduled = int64(0)  # since origin_ns
     while True:
         present = monotonic_ns(s)
-        if present >= end_ns:
+        remaining = count_max - s.state[0].datagrams
+        if present >= end_ns or remaining <= 0:
             return present - start_ns
         if rate == 0.0:
-            send_some(s, fd, size, segments, MESSAGES_MAX * segments)
+            send_some(s, fd, size, segments, min(MESSAGES_MAX * segments, remaining))
             continue
         due = int64(float(present - origin_ns) * rate / 1e9) - scheduled
         if float(due) * 1e9 > rate * (FORGIVEN_NS + tick_ns):

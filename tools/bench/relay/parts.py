@@ -1,80 +1,18 @@
 """The parts of the benchmark. Each is one round of it: every contender in turn, all figures into Results."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
+from tools.bench.relay import lifecycle
+from tools.bench.relay.bench import USUAL_SIZE, Bench, progress
 from tools.bench.relay.generator import LoadOrder
-from tools.bench.relay.peers import MCR, Peer, Running, Setup
-from tools.bench.relay.results import FLAT_OUT, SINGLE, SUPER, WIRE, Case, Results, Trial
+from tools.bench.relay.peers import MCR, Peer, Running
+from tools.bench.relay.results import FLAT_OUT, SINGLE, SUPER, WIRE, Case, Trial
 from tools.bench.relay.search import Point, highest_lossless
-from tools.bench.relay.topology import Arena, Run, mtu_for
+from tools.bench.relay.topology import Arena, Run
 
+HASHED_STREAMS = 64  # so many that the hash gives each worker its part
+LATENCY_SAMPLES_MIN = 1000  # a run is longer where the rate is so low
 NOBODY = "nobody"  # the same traffic with no relay: what the generator costs by itself
-USUAL_SIZE = 1316
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, and for how long."""
-
-    rounds: int = 3
-    seconds: float = 3.0
-    confirm_s: float = 10.0
-    search_steps: int = 7
-    sizes: Sequence[int] = (64, 256, 1316, 1472, 8972)
-    streams: Sequence[int] = (1, 16, 256)
-    outputs: Sequence[int] = (1, 4, 50)
-    rules: Sequence[int] = (1, 1000, 10_000)
-    workers: Sequence[int] = (1, 2)
-    cpu_rates: Sequence[float] = (100_000, 300_000, FLAT_OUT)
-    latency_rates: Sequence[float] = (100, 2_000, 20_000, 100_000)
-    idles: Sequence[str] = ("spin", "adaptive", "sleep")
-    ring_mib: int = 16
-    peers: Sequence[Peer] = ()
-
-
-@dataclass
-class Bench:
-    """Where parts run: the plan, the arenas that are open, and the results so far."""
-
-    plan: Plan
-    results: Results
-    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _arenas: dict[int, Arena] = field(default_factory=dict)
-
-    def arena(self, size: int = USUAL_SIZE) -> Arena:
-        """The arena for payloads of this size."""
-        mtu = mtu_for(size)
-        if mtu not in self._arenas:
-            self._arenas[mtu] = self._stack.enter_context(Arena(mtu))
-        return self._arenas[mtu]
-
-    @contextlib.contextmanager
-    def running(self, peer: Peer | None, arena: Arena, **setup: Any) -> Iterator[Running | None]:
-        """A contender at work, None in place of one that could not start, with a note. No peer: nothing runs."""
-        with contextlib.ExitStack() as stack:
-            running = None
-            try:
-                if peer is None:
-                    running = Running()
-                else:
-                    running = stack.enter_context(peer.running(arena, Setup(ring_mib=self.plan.ring_mib, **setup)))
-            except (RuntimeError, AssertionError) as error:
-                assert peer is not None
-                self.results.note(f"{peer.name} did not start ({setup}): {str(error).splitlines()[0]}")
-            yield running
-
-    def close(self) -> None:
-        """End all arenas."""
-        self._stack.close()
-
-
-def progress(text: str) -> None:
-    """A line for whoever waits."""
-    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def order(size: int, frames: str, rate: float, seconds: float, streams: int = 1) -> LoadOrder:
@@ -207,10 +145,72 @@ def rules(bench: Bench) -> None:
                 add_worker_figures(bench, "rules", Case(MCR.name, USUAL_SIZE, WIRE, FLAT_OUT, rules=count), run)
 
 
+def workers(bench: Bench) -> None:
+    """What several workers can do together: the sum of what each relays in a second of its own CPU time."""
+    arena, plan = bench.arena(), bench.plan
+    for count in plan.workers:
+        progress(f"{count} workers")
+        with bench.running(MCR, arena, workers=count, rules=HASHED_STREAMS) as running:
+            if running is None or running.relay is None:
+                continue
+            before = running.relay.ask("list-workers")
+            run = load(arena, running, order(USUAL_SIZE, SINGLE, FLAT_OUT, plan.seconds, HASHED_STREAMS), SINGLE)
+            after = running.relay.ask("list-workers")
+            relayed = [
+                late["packets_relayed"] - early["packets_relayed"] for late, early in zip(after, before, strict=True)
+            ]
+            each = [count * 1e9 / max(used_ns, 1) for count, used_ns in zip(relayed, run.worker_ns, strict=True)]
+            bench.results.add(
+                "workers",
+                Case(MCR.name, USUAL_SIZE, SINGLE, FLAT_OUT, streams=HASHED_STREAMS, workers=count),
+                offered_pps=run.achieved_pps,
+                out_per_cpu_s=sum(each),
+                least_share=min(relayed) / max(sum(relayed), 1),
+                loss=run.loss,
+            )
+
+
+def latency(bench: Bench) -> None:
+    """From before the send to the sink kernel's receive time, for each way of waiting and each peer."""
+    contenders: list[tuple[Peer, str | None]] = [(MCR, idle) for idle in bench.plan.idles]
+    contenders += [(peer, None) for peer in bench.plan.peers]
+    for peer, idle in contenders:
+        progress(f"latency: {peer.name} {idle or ''}")
+        setup = {"idle": idle} if idle else {}
+        with bench.running(peer, bench.arena(), **setup) as running:
+            if running is None:
+                continue
+            for rate in bench.plan.latency_rates:
+                measure_latency(bench, running, Case(peer.name, USUAL_SIZE, SINGLE, rate, idle=idle))
+
+
+def measure_latency(bench: Bench, running: Running, case: Case) -> None:
+    """The figures of one contender at one rate."""
+    assert case.rate is not None
+    seconds = max(bench.plan.seconds, min(LATENCY_SAMPLES_MIN / case.rate, bench.plan.confirm_s))
+    found = bench.arena().probe(case.rate, seconds, USUAL_SIZE, running.output, running.pids)
+    bench.results.add(
+        "latency",
+        case,
+        p50_us=found.get("p50"),
+        p99_us=found.get("p99"),
+        p999_us=found.get("p99.9"),
+        max_us=found.get("max"),
+        loss=1 - found["received"] / found["sent"],
+        core_share=found["core_share"] if running.pids else None,
+    )
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "throughput": throughput,
     "cpu": cpu,
     "streams": streams,
     "fanout": fanout,
     "rules": rules,
+    "workers": workers,
+    "latency": latency,
+    "memory": lifecycle.memory,
+    "start": lifecycle.start,
+    "failover": lifecycle.failover,
+    "ping": lifecycle.ping,
 }

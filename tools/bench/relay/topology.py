@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -145,13 +145,21 @@ class Arena:
                 return
         raise RuntimeError("what was started relays nothing")
 
-    def probe(self, rate: float, seconds: float, size: int, group: str, port: int) -> Any:
-        """Latency percentiles in microseconds; see probe.py."""
+    def probe(self, rate: float, seconds: float, size: int, output: tuple[str, int], pids: Sequence[int]) -> Any:
+        """Latency percentiles in microseconds, see probe.py, and the part of a core that `pids` used meanwhile."""
         self.superframes(False)
-        namespace = self.line.hosts[2].namespace
+        with self.delivering() as sink:
+            before_s, before_ns = time.monotonic(), total_ns(pids)
+            found = self.generator.probe(ProbeOrder(rate, seconds, size, sink.namespace, *output))
+            used_ns = total_ns(pids) - before_ns
+            return {**found, "core_share": used_ns / 1e9 / (time.monotonic() - before_s)}
+
+    @contextlib.contextmanager
+    def delivering(self) -> Iterator[Host]:
+        """In the block, datagrams reach sockets of the sink."""
         self.sink.deliver()
         try:
-            return self.generator.probe(ProbeOrder(rate, seconds, size, namespace, group, port))
+            yield self.line.hosts[2]
         finally:
             self.sink.count()
 
