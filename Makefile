@@ -34,6 +34,7 @@ demo: setup ## ten seconds of relayed traffic in network namespaces of its own (
 	@$(BIN)/python -m tools.demo
 
 bench: setup ## the relay beside its peers: throughput, CPU, latency … (as root) [ARGS="--quick"]
+	@$(PYTHON) tools/bootstrap.py --programs
 	@$(BIN)/python -m tools.bench.relay $(ARGS)
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv)

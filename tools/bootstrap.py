@@ -19,7 +19,15 @@ STAMP = VENV / "installed"
 LOCK = CHECKOUT / "requirements.lock"
 PYTHON_MIN = (3, 11)
 # program: Debian packages
-PROGRAMS = {"ip": "iproute2", "ffmpeg": "ffmpeg", "setpriv": "util-linux", "sysctl": "procps", "cc": "gcc libc6-dev"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "ffmpeg": "ffmpeg",
+    "setpriv": "util-linux",
+    "sysctl": "procps",
+    "cc": "gcc libc6-dev",
+    "nft": "nftables",
+    "ethtool": "ethtool",
+}
 
 
 def fail(message: str) -> NoReturn:

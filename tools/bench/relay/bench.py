@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tools.bench.relay.peers import Peer, Running, Setup
-from tools.bench.relay.results import FLAT_OUT, Results
+from tools.bench.relay.results import FLAT_OUT, ON_RELAYS_CORE, ON_SENDERS_CORE, SUPER, WIRE, Results
 from tools.bench.relay.topology import Arena, mtu_for
 
 USUAL_SIZE = 1316  # seven packets of MPEG-TS
@@ -29,8 +29,12 @@ class Plan:
     cpu_rates: Sequence[float] = (100_000, 300_000, FLAT_OUT)
     latency_rates: Sequence[float] = (100, 2_000, 20_000, 100_000)
     idles: Sequence[str] = ("spin", "adaptive", "sleep")
+    interrupts: Sequence[str] = (ON_SENDERS_CORE, ON_RELAYS_CORE)
+    backlogs: int = 20
     ring_mib: int = 16
+    cut_egress: bool = False
     peers: Sequence[Peer] = ()
+    peer_frames: Sequence[str] = (WIRE, SUPER)
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Bench:
         """The arena for payloads of this size."""
         mtu = mtu_for(size)
         if mtu not in self._arenas:
-            self._arenas[mtu] = self._stack.enter_context(Arena(mtu))
+            self._arenas[mtu] = self._stack.enter_context(Arena(mtu, self.plan.cut_egress))
         return self._arenas[mtu]
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from relay.dataplane.layout import SOCKADDR_IN
 from tools.addressing import spread
 from tools.bench.relay.load import make_load, segments_of, send_paced
-from tools.bench.relay.probe import Probe, histogram_summary, run_probe
+from tools.bench.relay.probe import Probe, histogram_summary, run_probe, warm_up
 from tools.environment import CHECKOUT
 from tools.netns import Host
 
@@ -104,11 +104,18 @@ def obey_load(sender: socket.socket, order: LoadOrder) -> Sent:
     return Sent(int(state["datagrams"]), elapsed_ns / 1e9, int(state["errors"]), int(state["last_errno"]))
 
 
+def load_compiled_code(sender: socket.socket) -> None:
+    """Compile or load what orders use, so that no measurement waits for it."""
+    obey_load(sender, LoadOrder(1.0, 0.0, 64, 1, 1, 0))
+    warm_up()
+
+
 def serve(core: int) -> None:
     """Obey until the input ends."""
     os.sched_setaffinity(0, {core})
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
     with open_sender() as sender:
+        load_compiled_code(sender)
         print("ready", flush=True)
         for line in sys.stdin:
             order = json.loads(line)

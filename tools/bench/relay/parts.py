@@ -1,16 +1,20 @@
 """The parts of the benchmark. Each is one round of it: every contender in turn, all figures into Results."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from tools.bench.relay import lifecycle
 from tools.bench.relay.bench import USUAL_SIZE, Bench, progress
 from tools.bench.relay.generator import LoadOrder
 from tools.bench.relay.peers import MCR, Peer, Running
-from tools.bench.relay.results import FLAT_OUT, SINGLE, SUPER, WIRE, Case, Trial
+from tools.bench.relay.results import FLAT_OUT, ON_RELAYS_CORE, SINGLE, SUPER, WIRE, Case, Trial
 from tools.bench.relay.search import Point, highest_lossless
 from tools.bench.relay.topology import Arena, Run
 
 HASHED_STREAMS = 64  # so many that the hash gives each worker its part
+SLOTS_PER_MIB = 512  # of the packet ring, 2 KiB each
+BACKLOG_S_MAX = 2.0
 LATENCY_SAMPLES_MIN = 1000  # a run is longer where the rate is so low
 NOBODY = "nobody"  # the same traffic with no relay: what the generator costs by itself
 
@@ -31,10 +35,10 @@ def worker_rate(run: Run) -> float | None:
 
 
 def throughput(bench: Bench) -> None:
-    """The highest rate without loss, and packets per second of the worker's CPU time."""
+    """Highest rate without loss; packets per second of the worker's CPU time, which has some left if not saturated."""
     for size in bench.plan.sizes:
         for frames in (WIRE, SUPER):
-            peers = bench.plan.peers if size == USUAL_SIZE else ()
+            peers = bench.plan.peers if size == USUAL_SIZE and frames in bench.plan.peer_frames else ()
             for peer in (MCR, *peers):
                 find_highest(bench, peer, size, frames)
 
@@ -180,8 +184,23 @@ def latency(bench: Bench) -> None:
         with bench.running(peer, bench.arena(), **setup) as running:
             if running is None:
                 continue
-            for rate in bench.plan.latency_rates:
-                measure_latency(bench, running, Case(peer.name, USUAL_SIZE, SINGLE, rate, idle=idle))
+            for interrupts in bench.plan.interrupts:
+                with interrupted(bench.arena(), interrupts == ON_RELAYS_CORE):
+                    for rate in bench.plan.latency_rates:
+                        case = Case(peer.name, USUAL_SIZE, SINGLE, rate, idle=idle, interrupts=interrupts)
+                        measure_latency(bench, running, case)
+
+
+@contextlib.contextmanager
+def interrupted(arena: Arena, relays_core: bool) -> Iterator[None]:
+    """In the block, packets are taken in by the relay's core, or by the sender's as always."""
+    if relays_core:
+        arena.interrupt_relays_core(True)
+    try:
+        yield
+    finally:
+        if relays_core:
+            arena.interrupt_relays_core(False)
 
 
 def measure_latency(bench: Bench, running: Running, case: Case) -> None:
@@ -201,12 +220,51 @@ def measure_latency(bench: Bench, running: Running, case: Case) -> None:
     )
 
 
+def backlog(bench: Bench) -> None:
+    """Packets per second of CPU time with a full ring: what a worker can do where no generator is fast enough."""
+    plan = bench.plan
+    for size in plan.sizes:
+        with bench.running(MCR, bench.arena(size), rules=max(plan.streams)) as running:
+            if running is None:
+                continue
+            progress(f"full ring: {size} bytes")
+            measure_backlog(bench, running, Case(MCR.name, size, WIRE, streams=1, outputs=1))
+            if size == USUAL_SIZE:
+                for count in plan.streams:
+                    measure_backlog(bench, running, Case(MCR.name, size, SINGLE, streams=count, outputs=1))
+    for count in plan.outputs:
+        if count > 1:
+            progress(f"full ring: fan-out 1 to {count}")
+            with bench.running(MCR, bench.arena(), outputs=count) as running:
+                if running is not None:
+                    measure_backlog(bench, running, Case(MCR.name, USUAL_SIZE, WIRE, streams=1, outputs=count))
+
+
+def measure_backlog(bench: Bench, running: Running, case: Case) -> None:
+    """The figures of one case."""
+    assert case.size is not None
+    assert case.frames is not None
+    count = bench.plan.ring_mib * SLOTS_PER_MIB * 3 // 4
+    wanted = replace(order(case.size, case.frames, FLAT_OUT, BACKLOG_S_MAX, case.streams or 1), count=count)
+    arena = bench.arena(case.size)
+    relayed, used_ns = arena.drain(wanted, False, running.workers[0], bench.plan.backlogs)
+    expected = count * bench.plan.backlogs * (case.outputs or 1)
+    bench.results.add(
+        "backlog",
+        case,
+        out_per_cpu_s=relayed * 1e9 / max(used_ns, 1),
+        worker_ns=used_ns / max(relayed, 1),
+        loss=1 - relayed / expected,
+    )
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "throughput": throughput,
     "cpu": cpu,
     "streams": streams,
     "fanout": fanout,
     "rules": rules,
+    "backlog": backlog,
     "workers": workers,
     "latency": latency,
     "memory": lifecycle.memory,

@@ -188,6 +188,13 @@ def run_probe(sender: socket.socket, probe: Probe, to: tuple[str, int], address:
     return memory
 
 
+def warm_up() -> None:
+    """Compile or load the loop."""
+    memory = make_memory(HEADER_BYTES)
+    take(memory, -1)
+    run(memory, -1, -1, 1.0, 0)
+
+
 def percentile_us(latency: Any, percent: float) -> float:
     """The latency that `percent` of the datagrams did not exceed."""
     cumulative = np.cumsum(latency)

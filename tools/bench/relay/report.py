@@ -16,6 +16,7 @@ from rich.table import Table
 
 from relay.version import VERSION
 from tools.bench.relay.results import FLAT_OUT, Case, Figure, Results, varying
+from tools.bench.relay.targets import Verdict
 
 WIDTH = 150
 VERSION_COMMANDS = {"smcroute": "smcrouted -v", "nft": "nft --version", "socat": "socat -V"}
@@ -26,6 +27,7 @@ def describe_machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", cpuinfo)
     return {
+        "pid": os.getpid(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": model[1] if model else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -52,6 +54,8 @@ def version_of(command: str) -> str:
 
 def quantity(value: float) -> str:
     """A number in as many digits as it deserves."""
+    if value == float("inf"):
+        return "∞"
     if abs(value) >= 1e6:
         return f"{value / 1e6:,.2f} M"
     if abs(value) >= 100:
@@ -82,13 +86,13 @@ def parameter(case: Case, name: str) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def part_table(results: Results, part: str) -> Table:
+def part_table(results: Results, part: str, caption: str) -> Table:
     """The table of a part."""
     cases = results.cases(part)
     shown = list(varying(cases))
     fixed = [name for name in cases[0].parameters() if name not in shown]
     title = ", ".join([part, *(f"{name} {parameter(cases[0], name)}" for name in fixed)])
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{title}. {caption}", title_justify="left")
     for name in shown:
         table.add_column(name, justify="left" if name in ("contender", "frames", "idle") else "right")
     metrics = results.metrics(part)
@@ -100,11 +104,25 @@ def part_table(results: Results, part: str) -> Table:
     return table
 
 
-def show(results: Results, machine: dict[str, Any]) -> None:
-    """Print everything."""
+def targets_table(verdicts: list[Verdict]) -> Table:
+    """What was aimed at, and whether it was reached."""
+    table = Table(title="targets (medians of this run)", title_justify="left")
+    for name in ("target", "measured", "wanted", ""):
+        table.add_column(name, justify="left" if name == "target" else "right")
+    for verdict in verdicts:
+        wanted = "" if verdict.limit is None else f"{'≤' if verdict.at_most else '≥'} {quantity(verdict.limit)}"
+        mark = {None: "", True: "[green]pass[/green]", False: "[red]fail[/red]"}[verdict.passed]
+        table.add_row(verdict.text, quantity(verdict.value), wanted, mark)
+    return table
+
+
+def show(results: Results, machine: dict[str, Any], verdicts: list[Verdict], captions: dict[str, str]) -> None:
+    """Print everything; `captions` says of each part what it measures."""
     console = Console(highlight=False, width=None if Console().is_terminal else WIDTH)
     console.print("  ".join(f"{key} {value}" for key, value in machine.items()))
     for part in results.parts():
-        console.print(part_table(results, part))
+        console.print(part_table(results, part, captions[part]))
+    if verdicts:
+        console.print(targets_table(verdicts))
     for line in results.notes:
         console.print(line)

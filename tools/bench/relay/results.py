@@ -9,6 +9,10 @@ FLAT_OUT = 0.0
 WIRE = "wire"  # the generator's super-frames are cut before the first cable: frames arrive in trains of one stream
 SUPER = "super"  # super-frames arrive whole
 SINGLE = "single"  # one send each, streams in turn
+# Whose core takes a packet in: on one machine the sender's, which hands a relay in the kernel its work at no cost.
+# With the sender elsewhere it is a core of the relay's host, woken by an interrupt.
+ON_SENDERS_CORE = "sender"
+ON_RELAYS_CORE = "relay"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Case:
     rules: int | None = None
     workers: int | None = None
     idle: str | None = None
+    interrupts: str | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Those that mean something."""

@@ -5,6 +5,7 @@ A context manager: namespaces and processes end with it, whatever happened.
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -25,6 +26,7 @@ READY_S = 30.0
 JUMBO_MTU = 9000
 ETHERNET_MTU = 1500
 IP_UDP_HEADER_BYTES = 28
+RPS_FILE = "/sys/class/net/left/queues/rx-0/rps_cpus"  # Documentation/networking/scaling.rst
 
 
 def mtu_for(size: int) -> int:
@@ -75,6 +77,14 @@ class Run:
         return (self.relay_ns + self.other_ns) / max(self.arrived / self.copies, 1)
 
 
+def segment(host: Host, interface: str, whole: bool) -> None:
+    """Whether super-frames leave an interface whole, or cut to datagrams."""
+    command = ["ethtool", "-K", interface, "tx-udp-segmentation", "on" if whole else "off"]
+    result = host.run(command, capture_output=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
+
+
 class Cores:
     """Who runs where: generator on the last core that may be used, contenders from the first on."""
 
@@ -88,7 +98,8 @@ class Cores:
 class Arena:
     """Hosts, generator and sink for frames of one MTU."""
 
-    def __init__(self, mtu: int) -> None:
+    def __init__(self, mtu: int, cut_egress: bool = False) -> None:
+        """`cut_egress`: what leaves the relay is cut to wire size, as for a NIC without segmentation offload."""
         self.cores = Cores()
         self.mtu = mtu
         self._superframes = True
@@ -97,8 +108,10 @@ class Arena:
             self.line = stack.enter_context(Line("gen", "relay", "sink", mtu=mtu))
             self.sink = Sink(self.line.hosts[2])
             self.generator = stack.enter_context(Generator(self.line.hosts[0], self.cores.generator))
+            self._kernel_pids = ksoftirqd_pids()
+            if cut_egress:
+                segment(self.relay_host, "right", False)
             self._stack = stack.pop_all()
-        self._kernel_pids = ksoftirqd_pids()
 
     @property
     def relay_host(self) -> Host:
@@ -108,12 +121,16 @@ class Arena:
     def superframes(self, whole: bool) -> None:
         """Whether the generator's messages cross the first cable whole, or cut to wire size before."""
         if whole != self._superframes:
-            switch = "on" if whole else "off"
-            command = ["ethtool", "-K", "right", "tx-udp-segmentation", switch]
-            result = self.line.hosts[0].run(command, capture_output=True)
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
+            segment(self.line.hosts[0], "right", whole)
             self._superframes = whole
+
+    def interrupt_relays_core(self, wanted: bool) -> None:
+        """Whether a core of the relay takes its packets in (receive packet steering), or the sender's does."""
+        mask = f"{1 << self.cores.relay if wanted else 0:x}"
+        grouped = ",".join(reversed([mask[max(end - 8, 0) : end] for end in range(len(mask), 0, -8)]))
+        result = self.relay_host.run(["tee", RPS_FILE], input=grouped, capture_output=True)
+        if result.returncode:
+            raise RuntimeError(f"{RPS_FILE}: {result.stderr.strip()}")
 
     def run(
         self,
@@ -133,6 +150,20 @@ class Arena:
         arrived = self.sink.settled().datagrams(counted, order.size)
         worker_ns = tuple(later - earlier for later, earlier in zip(after[0], before[0], strict=True))
         return Run(sent.datagrams, sent.seconds, arrived, copies, worker_ns, after[1] - before[1], after[2] - before[2])
+
+    def drain(self, order: LoadOrder, whole: bool, worker: int, rounds: int) -> tuple[int, int]:
+        """Fill the ring while the worker is stopped, let it go on, `rounds` times; return datagrams out, CPU ns."""
+        self.superframes(whole)
+        counted, before_ns = self.sink.settled(), total_ns([worker])
+        for _ in range(rounds):
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                self.generator.send(order)
+            finally:
+                os.kill(worker, signal.SIGCONT)
+            self.sink.settled()
+        arrived = self.sink.settled().datagrams(counted, order.size)
+        return arrived, total_ns([worker]) - before_ns
 
     def wait_until_relayed(self, streams: int, copies: int, process: "subprocess.Popen[str] | None") -> None:
         """Send a little until all of it arrives. Raises RuntimeError when it never does."""
