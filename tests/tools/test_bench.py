@@ -88,7 +88,7 @@ FIELDS = {
     "fanout": {"offered_pps", "out_per_cpu_s", "worker_ns", "loss", "saturated"},
     "rules": {"offered_pps", "out_per_cpu_s", "worker_ns", "loss", "saturated"},
     "backlog": {"out_per_cpu_s", "worker_ns", "loss"},
-    "workers": {"offered_pps", "out_per_cpu_s", "least_share", "loss"},
+    "workers": {"out_per_cpu_s", "least_share", "loss"},
     "latency": {"p50_us", "p99_us", "p999_us", "max_us", "loss", "core_share"},
     "memory": {"total_mb", "supervisor_mb", "other_helpers_mb", "each_worker_mb", "rings_mb"},
     "start": {"first_packet_s"},

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +150,7 @@ def finite(value: float) -> float | None:
 
 def run(bench: Bench, parts: Sequence[str]) -> None:
     """All rounds; Ctrl-C ends them, and what was measured so far is reported."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.closing(bench):
         try:
             for number in range(bench.plan.rounds):

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from tests.system.harness import Relay
 from tools.bench.relay import lifecycle
 from tools.bench.relay.bench import USUAL_SIZE, Bench, progress
 from tools.bench.relay.generator import LoadOrder
@@ -150,28 +151,36 @@ def rules(bench: Bench) -> None:
 
 
 def workers(bench: Bench) -> None:
-    """What several workers can do together: the sum of what each relays in a second of its own CPU time."""
+    """What workers can do together: the sum of what each relays in a second of its own CPU time, rings full."""
     arena, plan = bench.arena(), bench.plan
     for count in plan.workers:
         progress(f"{count} workers")
         with bench.running(MCR, arena, workers=count, rules=HASHED_STREAMS) as running:
             if running is None or running.relay is None:
                 continue
-            before = running.relay.ask("list-workers")
-            run = load(arena, running, order(USUAL_SIZE, SINGLE, FLAT_OUT, plan.seconds, HASHED_STREAMS), SINGLE)
-            after = running.relay.ask("list-workers")
-            relayed = [
-                late["packets_relayed"] - early["packets_relayed"] for late, early in zip(after, before, strict=True)
-            ]
-            each = [count * 1e9 / max(used_ns, 1) for count, used_ns in zip(relayed, run.worker_ns, strict=True)]
+            before = relayed_by_each(running.relay)
+            wanted = replace(
+                order(USUAL_SIZE, SINGLE, FLAT_OUT, BACKLOG_S_MAX, HASHED_STREAMS), count=full_ring(plan.ring_mib)
+            )
+            _, used_ns = arena.drain(wanted, running.workers, plan.backlogs)
+            relayed = [late - early for late, early in zip(relayed_by_each(running.relay), before, strict=True)]
             bench.results.add(
                 "workers",
-                Case(MCR.name, USUAL_SIZE, SINGLE, FLAT_OUT, streams=HASHED_STREAMS, workers=count),
-                offered_pps=run.achieved_pps,
-                out_per_cpu_s=sum(each),
+                Case(MCR.name, USUAL_SIZE, SINGLE, streams=HASHED_STREAMS, workers=count),
+                out_per_cpu_s=sum(each * 1e9 / max(ns, 1) for each, ns in zip(relayed, used_ns, strict=True)),
                 least_share=min(relayed) / max(sum(relayed), 1),
-                loss=run.loss,
+                loss=1 - sum(relayed) / (wanted.count * plan.backlogs),
             )
+
+
+def relayed_by_each(relay: Relay) -> list[int]:
+    """Datagrams relayed by each worker since its start."""
+    return [worker["packets_relayed"] for worker in relay.ask("list-workers")]
+
+
+def full_ring(ring_mib: int) -> int:
+    """Frames that fill three quarters of a packet ring: its room is not what is measured."""
+    return ring_mib * SLOTS_PER_MIB * 3 // 4
 
 
 def latency(bench: Bench) -> None:
@@ -244,10 +253,10 @@ def measure_backlog(bench: Bench, running: Running, case: Case) -> None:
     """The figures of one case."""
     assert case.size is not None
     assert case.frames is not None
-    count = bench.plan.ring_mib * SLOTS_PER_MIB * 3 // 4
+    count = full_ring(bench.plan.ring_mib)
     wanted = replace(order(case.size, case.frames, FLAT_OUT, BACKLOG_S_MAX, case.streams or 1), count=count)
     arena = bench.arena(case.size)
-    relayed, used_ns = arena.drain(wanted, False, running.workers[0], bench.plan.backlogs)
+    relayed, (used_ns,) = arena.drain(wanted, running.workers, bench.plan.backlogs)
     expected = count * bench.plan.backlogs * (case.outputs or 1)
     bench.results.add(
         "backlog",

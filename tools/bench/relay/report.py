@@ -92,7 +92,7 @@ def part_table(results: Results, part: str, caption: str) -> Table:
     shown = list(varying(cases))
     fixed = [name for name in cases[0].parameters() if name not in shown]
     title = ", ".join([part, *(f"{name} {parameter(cases[0], name)}" for name in fixed)])
-    table = Table(title=f"{title}. {caption}", title_justify="left")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for name in shown:
         table.add_column(name, justify="left" if name in ("contender", "frames", "idle") else "right")
     metrics = results.metrics(part)

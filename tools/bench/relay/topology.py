@@ -85,6 +85,18 @@ def segment(host: Host, interface: str, whole: bool) -> None:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
 
 
+@contextlib.contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    """In the block, processes stand still."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
 class Cores:
     """Who runs where: generator on the last core that may be used, contenders from the first on."""
 
@@ -151,19 +163,19 @@ class Arena:
         worker_ns = tuple(later - earlier for later, earlier in zip(after[0], before[0], strict=True))
         return Run(sent.datagrams, sent.seconds, arrived, copies, worker_ns, after[1] - before[1], after[2] - before[2])
 
-    def drain(self, order: LoadOrder, whole: bool, worker: int, rounds: int) -> tuple[int, int]:
-        """Fill the ring while the worker is stopped, let it go on, `rounds` times; return datagrams out, CPU ns."""
-        self.superframes(whole)
-        counted, before_ns = self.sink.settled(), total_ns([worker])
+    def drain(self, order: LoadOrder, workers: Sequence[int], rounds: int) -> tuple[int, tuple[int, ...]]:
+        """Fill the rings while the workers are stopped, let them go on, `rounds` times.
+
+        Returns the datagrams that arrived and each worker's CPU time.
+        """
+        self.superframes(False)
+        counted, before = self.sink.settled(), [total_ns([worker]) for worker in workers]
         for _ in range(rounds):
-            os.kill(worker, signal.SIGSTOP)
-            try:
+            with stopped(workers):
                 self.generator.send(order)
-            finally:
-                os.kill(worker, signal.SIGCONT)
             self.sink.settled()
-        arrived = self.sink.settled().datagrams(counted, order.size)
-        return arrived, total_ns([worker]) - before_ns
+        used_ns = tuple(total_ns([worker]) - early for worker, early in zip(workers, before, strict=True))
+        return self.sink.settled().datagrams(counted, order.size), used_ns
 
     def wait_until_relayed(self, streams: int, copies: int, process: "subprocess.Popen[str] | None") -> None:
         """Send a little until all of it arrives. Raises RuntimeError when it never does."""
