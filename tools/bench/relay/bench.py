@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.bench.relay.peers import Peer, Running, Setup
+from tools.bench.relay.peers import CONTENDER_LOG, Peer, Running, Setup
 from tools.bench.relay.results import FLAT_OUT, ON_RELAYS_CORE, ON_SENDERS_CORE, SUPER, WIRE, Results
-from tools.bench.relay.topology import Arena, mtu_for
+from tools.bench.relay.topology import Arena, EndedError, mtu_for
 
 USUAL_SIZE = 1316  # seven packets of MPEG-TS
 
@@ -66,11 +66,22 @@ class Bench:
             except (RuntimeError, AssertionError) as error:
                 assert peer is not None
                 self.results.note(f"{peer.name} did not start ({setup}): {str(error).splitlines()[0]}")
-            yield running
+            try:
+                yield running
+            except EndedError as error:
+                assert peer is not None
+                self.results.note(f"{peer.name} {error}: the rest of its part is missing{last_line(arena)}")
 
     def close(self) -> None:
         """End all arenas."""
         self._stack.close()
+
+
+def last_line(arena: Arena) -> str:
+    """What a contender said last, if anything."""
+    log = arena.folder / CONTENDER_LOG
+    lines = log.read_text().splitlines() if log.exists() else []
+    return f": {lines[-1]}" if lines else ""
 
 
 def progress(text: str) -> None:

@@ -49,3 +49,11 @@ def family(pid: int) -> list[int]:
         return [pid, *(child.pid for child in process.children(recursive=True))]
     except psutil.NoSuchProcess:
         return []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs; one that ended and was not waited for yet does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

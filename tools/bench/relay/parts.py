@@ -96,7 +96,8 @@ def cpu(bench: Bench) -> None:
                     "cpu",
                     case,
                     achieved_pps=run.achieved_pps,
-                    beyond_generator_ns=beyond_ns / max(run.arrived, 1),
+                    # One that was kept from its core relays nothing, and a packet of it has no price.
+                    beyond_generator_ns=beyond_ns / run.arrived if run.loss < 0.98 else None,
                     worker_ns=sum(run.worker_ns) / max(run.arrived, 1) if run.worker_ns else None,
                     loss=run.loss,
                 )

@@ -26,6 +26,7 @@ OUTPUT_MAC = "01:00:5e:02:00:01"  # RFC 1112, of OUTPUT_GROUP
 OUTPUT_ADDRESS = "10.2.0.1"
 INPUT_ADDRESS = "10.1.0.2"
 STOP_S = 10.0
+CONTENDER_LOG = "contender.log"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class Peer(ABC):
 def process(arena: Arena, command: Sequence[str], pinned: bool = True) -> Iterator["subprocess.Popen[str]"]:
     """A process in the relay's host, on the relay's core, ended with the block."""
     core = ["taskset", "--cpu-list", str(arena.cores.relay)] if pinned else []
-    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    started = arena.relay_host.popen([*core, *command], cwd=CHECKOUT, **options)
+    with (arena.folder / CONTENDER_LOG).open("w") as log:
+        options: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True}
+        started = arena.relay_host.popen([*core, *command], cwd=CHECKOUT, **options)
     try:
         yield started
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tools.bench.relay.cpu import ksoftirqd_pids, total_ns
+from tools.bench.relay.cpu import is_alive, ksoftirqd_pids, total_ns
 from tools.bench.relay.generator import Generator, LoadOrder, ProbeOrder, Sent
 from tools.bench.relay.sink import Sink
 from tools.netns import Host, Line
@@ -32,6 +32,10 @@ RPS_FILE = "/sys/class/net/left/queues/rx-0/rps_cpus"  # Documentation/networkin
 def mtu_for(size: int) -> int:
     """The MTU that lets payloads of `size` through whole."""
     return ETHERNET_MTU if size + IP_UDP_HEADER_BYTES <= ETHERNET_MTU else JUMBO_MTU
+
+
+class EndedError(RuntimeError):
+    """What was measured ended meanwhile: its figures mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ def segment(host: Host, interface: str, whole: bool) -> None:
     result = host.run(command, capture_output=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
+
+
+def check_alive(pids: Sequence[int]) -> None:
+    """Raises EndedError when one of the processes is gone."""
+    if not all(map(is_alive, pids)):
+        raise EndedError("ended while it was measured")
 
 
 @contextlib.contextmanager
@@ -160,6 +170,7 @@ class Arena:
         sent: Sent = self.generator.send(order)
         after = [total_ns([pid]) for pid in workers], total_ns(pids), total_ns(others)
         arrived = self.sink.settled().datagrams(counted, order.size)
+        check_alive(pids)
         worker_ns = tuple(later - earlier for later, earlier in zip(after[0], before[0], strict=True))
         return Run(sent.datagrams, sent.seconds, arrived, copies, worker_ns, after[1] - before[1], after[2] - before[2])
 
@@ -195,6 +206,7 @@ class Arena:
             before_s, before_ns = time.monotonic(), total_ns(pids)
             found = self.generator.probe(ProbeOrder(rate, seconds, size, sink.namespace, *output))
             used_ns = total_ns(pids) - before_ns
+            check_alive(pids)
             return {**found, "core_share": used_ns / 1e9 / (time.monotonic() - before_s)}
 
     @contextlib.contextmanager
