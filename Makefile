@@ -33,8 +33,9 @@ lint: setup ## ruff and strict types
 demo: setup ## ten seconds of relayed traffic in network namespaces of its own (as root)
 	@$(BIN)/python -m tools.demo
 
-bench: setup ## throughput, loss and cost of one worker, in namespaces of its own (as root)
-	@$(BIN)/python -m tools.bench.throughput $(ARGS)
+bench: setup ## the relay beside its peers: throughput, CPU, latency … (as root) [ARGS="--quick"]
+	@$(PYTHON) tools/bootstrap.py --programs
+	@$(BIN)/python -m tools.bench.relay $(ARGS)
 
 bench-log: setup ## what a log record costs, beside other libraries, and what the relay pays for it (as root)
 	@$(BIN)/python -m tools.bench.logging $(ARGS)

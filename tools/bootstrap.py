@@ -29,6 +29,8 @@ PROGRAMS = {
     "mount": "mount",
     "rsyslogd": "rsyslog",
     "journalctl": "systemd",
+    "nft": "nftables",
+    "ethtool": "ethtool",
 }
 
 

@@ -32,6 +32,17 @@ def _setns(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+@contextlib.contextmanager
+def enter_namespace(path: Path) -> Iterator[None]:
+    """Let the calling thread be in the namespace: a socket that it opens stays there. man 2 setns."""
+    with Path("/proc/thread-self/ns/net").open() as home, path.open() as there:
+        _setns(there.fileno())
+        try:
+            yield
+        finally:
+            _setns(home.fileno())
+
+
 class Host:
     """A network namespace with its loopback up; a context manager."""
 
@@ -58,13 +69,9 @@ class Host:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Let the calling thread be in this namespace: a socket that it opens stays there. man 2 setns."""
-        with Path("/proc/thread-self/ns/net").open() as home, Path(f"/run/netns/{self.namespace}").open() as there:
-            _setns(there.fileno())
-            try:
-                yield
-            finally:
-                _setns(home.fileno())
+        """Let the calling thread be in this namespace: a socket that it opens stays there."""
+        with enter_namespace(Path("/run/netns") / self.namespace):
+            yield
 
     def close(self) -> None:
         """Delete the namespace with all that is in it."""

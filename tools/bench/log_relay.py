@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.system.harness import Relay, receiving, send
-from tools.bench.throughput import cpu_clock
+from tools.bench.relay.cpu import cpu_ns
 from tools.netns import Line
 
 RATE = 300_000
@@ -42,11 +42,6 @@ def traced(log: Path, start: int) -> tuple[int, int]:
         text = file.read()
     received, sent = (re.findall(word + r" (\d+) datagrams", text) for word in ("Received", "Sent"))
     return sum(map(int, received)), sum(map(int, sent))
-
-
-def cpu_ns(pid: int) -> int:
-    """The CPU time of a process."""
-    return time.clock_gettime_ns(cpu_clock(pid))
 
 
 def wait_until_written(log: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.system.harness import Relay, receiving, send
-from tools.bench.throughput import cpu_clock
+from tools.bench.relay.cpu import cpu_clock
 from tools.netns import Line
 
 RATE_PPS = 100_000
