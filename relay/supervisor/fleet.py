@@ -352,13 +352,13 @@ class Fleet:
     # --- workers ----------------------------------------------------------------------------------
 
     def worker_started(self, worker: Worker) -> None:
-        """Hand a new worker everything that its predecessor had."""
+        """Hand a new worker everything that its predecessor had: rings last, as they may hold frames already."""
         worker.running = True
         worker.started_s = time.monotonic()
-        for number in worker.rings:
-            self._hand_ring(worker, number)
         self._hand_sockets(worker, dict(self._egress.values()))
         self._hand_table(worker)
+        for number in worker.rings:
+            self._hand_ring(worker, number)
 
     def worker_gone(self, worker: Worker) -> None:
         """Forget a worker's process; its rings stay open."""
