@@ -99,11 +99,11 @@ def relay_frame(m: Any, t: Any, ring: Any, ring_index: int, slot: int) -> None:
 
 @compiled
 def take_frames(m: Any, t: Any, ring_index: int) -> int:
-    """Take the filled frames of one ring, at most PASS_FRAMES_MAX and never the whole ring twice."""
+    """Take filled frames: at most PASS_FRAMES_MAX, and half of the slots, so that the kernel can fill the others."""
     ring = ring_at(m.rings, ring_index)
     frames, frame_bytes = ring.frames, ring.frame_bytes
     position, ahead = ring.cursor, ring.cursor + PREFETCH_FRAMES
-    for taken in range(min(PASS_FRAMES_MAX, frames)):
+    for taken in range(min(PASS_FRAMES_MAX, (frames + 1) // 2)):
         slot = ring.base + position * frame_bytes
         if not is_filled(slot):
             break
