@@ -195,3 +195,17 @@ def test_a_sink_that_can_not_be_is_refused_at_start(line: Line, url: str, messag
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert list(Path("/dev/shm").glob("mcr_refused_*")) == []
+
+
+def test_lines_have_times_and_fields_where_they_are_asked_for(line: Line, start_relay: StartRelay) -> None:
+    relay = start_relay(line.hosts[1], ("left",), 1, "--log-timestamps", "--log-fields")
+    core = relay.cores(1)[0]
+    (worker,) = relay.ask("list-workers")
+    text = relay.stop()
+    time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
+    ids = rf"core={core} pid={worker['pid']} tid={worker['pid']} seq=0"
+    assert re.search(
+        rf"^{time} \[Info\] \[DataPlane\] Data plane worker started on core {core} {ids}$", text, re.MULTILINE
+    )
+    spawning = rf"Spawning Data Plane worker for core {core} pid={relay.pid} tid={relay.pid} seq=\d+ core=\"{core}\""
+    assert re.search(rf"^{time} \[Info\] \[Supervisor\] {spawning}$", text, re.MULTILINE)
