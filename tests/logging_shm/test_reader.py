@@ -562,6 +562,6 @@ def test_a_record_that_is_overwritten_while_it_is_copied_is_never_torn(going_aro
         assert (records[:, 192 + 12 : 192 + 32] == np.hstack([value, value, value[:, :4]])).all()
         assert (np.diff(records[:, 16:24].copy().view(np.int64).ravel()) > 0).all()
         whole += len(records)
-        return whole >= 20_000
+        return whole >= 500
 
-    until(check_batch, "20000 whole records")
+    until(check_batch, "500 whole records")
