@@ -106,6 +106,35 @@ class Mcr(Peer):
                 relay.kill()
 
 
+class McrDedicated(Mcr):
+    """This relay on a host of its own: nft drops, behind the packet tap, what only the relay wants.
+
+    The host's network stack receives every datagram of a joined group a second time, finds nobody, and drops it.
+    """
+
+    name = "mcr dedicated"
+    program = "nft"
+    package = "nftables"
+
+    @contextlib.contextmanager
+    def running(self, arena: Arena, setup: Setup) -> Iterator[Running]:
+        """Around the relay's own run."""
+        ruleset = f"""table netdev dedicated {{
+            chain ingress {{
+                type filter hook ingress device "left" priority 0; policy accept;
+                ip daddr 239.0.0.0/8 udp dport {PORT} drop
+            }}
+        }}"""
+        result = arena.relay_host.run(["nft", "-f", "-"], input=ruleset, capture_output=True)
+        if result.returncode:
+            raise RuntimeError(f"nft: {result.stderr.strip()}")
+        try:
+            with super().running(arena, setup) as running:
+                yield running
+        finally:
+            arena.relay_host.run(["nft", "delete", "table", "netdev", "dedicated"])
+
+
 def configuration(setup: Setup) -> str:
     """Rules for the generator's first groups, each to as many outputs, as a configuration file."""
     outputs = spread(OUTPUT_GROUP, OUTPUT_PORT, setup.outputs, "group")
@@ -192,4 +221,5 @@ class OneByOne(Peer):
 
 
 MCR = Mcr()
+MCR_DEDICATED = McrDedicated()
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (Smcroute(), NftForward(), Socat(), OneByOne())}

@@ -69,13 +69,13 @@ def lossless(results: Results) -> Value:
     return results.get("throughput", case, "lossless_pps")
 
 
-def cpu_beside(results: Results, peer: str) -> Value:
+def cpu_beside(results: Results, peer: str, contender: str = "mcr") -> Value:
     """CPU per packet beyond the generator's, as a part of a peer's; the worst of the rates from 300 000 on."""
     metric = "beyond_generator_ns"
     rates = [case.rate for case in results.cases("cpu") if case.rate == FLAT_OUT or (case.rate or 0) >= 300_000]
     return worst(
         ratio(
-            results.get("cpu", Case("mcr", USUAL_SIZE, WIRE, rate), metric),
+            results.get("cpu", Case(contender, USUAL_SIZE, WIRE, rate), metric),
             results.get("cpu", Case(peer, USUAL_SIZE, WIRE, rate), metric),
         )
         for rate in rates
@@ -205,6 +205,7 @@ def targets() -> list[Target]:
         Target("highest rate without loss, one worker, wire-size (∞: the generator's limit)", lossless, 1.5e6),
         Target("packets per CPU second, 64 bytes, wire-size", lambda r: per_cpu_s(r, "mcr", 64, WIRE), 1.5e6),
         Target("CPU per packet beyond the generator's / smcroute's", lambda r: cpu_beside(r, "smcroute"), 0.5, True),
+        Target("the same, on a dedicated host", lambda r: cpu_beside(r, "smcroute", "mcr dedicated"), 0.5, True),
         Target("CPU per packet beyond the generator's / socat's", lambda r: cpu_beside(r, "socat"), 0.1, True),
         Target("CPU per packet beyond the generator's / nft's", lambda r: cpu_beside(r, "nft"), None),
         *latency_targets(),
