@@ -23,6 +23,7 @@ REPORTS_OF_RING_MAX = 4 + FORMATS_MAX
 MERGE_DELAY_NS = 2_000_000  # a record that old has been finished, unless its writer was preempted in the middle of it
 # Records are written between the reader's look at the clock and its look at the rings: these wait, too.
 FUTURE_NS_MAX = 1_000_000_000
+CHECK_INTERVAL_NS = 100_000_000  # for losses, while nothing is written
 REPORT_INTERVAL_NS = 1_000_000_000  # of a loss that goes on
 
 _RECORD_DTYPE = np.dtype(
@@ -123,7 +124,9 @@ class Reader:
             count = collect(self._sources, records[:BATCH_RECORDS], origins, newest_ns, future_ns)
             # Not before: a format may be registered just before the first record that has it.
             self._load_formats()
-        for report in self._reports(now_ns, everything):
+        # What was lost is looked up where something was written, else now and then: idle passes cost next to nothing.
+        is_due = count or everything or now_ns - self._checked_ns >= CHECK_INTERVAL_NS
+        for report in self._reports(now_ns, everything) if is_due else ():
             records[count] = self._record(report, now_ns)
             origins[count] = report.ring
             count += 1

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from logging_shm import Facility, Reader, Severity, SharedSPSCRingBuffer
+from logging_shm import Facility, LogEntry, Reader, Severity, SharedSPSCRingBuffer
 from logging_shm.compiled import write_event, write_event_about
 from logging_shm.layout import FORMATS_MAX, HEADER, RECORD_BYTES, STATE_EMPTY, STATE_WRITING, pair_key
 from logging_shm.lines import FORMATTERS
@@ -151,8 +151,14 @@ def test_a_full_ring_is_told_in_one_warning_when_it_has_room_again(make_ring: Ma
     reader = reading(ring)
     accepted = [write(ring, str(i)) for i in range(6)] + [write(ring, "x", severity=Severity.Error)]
     assert accepted == [True] * 4 + [False] * 3
-    batches = [reader.read() for _ in range(4)]
-    entries = [reader.entry(batch, index) for batch in batches for index in range(len(batch.records))]
+    entries: list[LogEntry] = []
+
+    def is_told() -> bool:
+        batch = reader.read()
+        entries.extend(reader.entry(batch, index) for index in range(len(batch.records)))
+        return len(entries) > 4
+
+    until(is_told, "the warning")
     assert [entry.message for entry in entries[:4]] == ["0", "1", "2", "3"]
     (warning,) = [entry for entry in entries if entry.severity == Severity.Warning]
     match = DROPPED.fullmatch(warning.message)
