@@ -86,6 +86,20 @@ def process(arena: Arena, command: Sequence[str], pinned: bool = True) -> Iterat
             started.wait()
 
 
+@contextlib.contextmanager
+def nft_at_ingress(arena: Arena, rule: str) -> Iterator[None]:
+    """A rule at the ingress hook of the relay's host, behind the packet tap. Raises RuntimeError with nft's words."""
+    chain = f'chain ingress {{ type filter hook ingress device "left" priority 0; policy accept; {rule}; }}'
+    ruleset = f"table netdev bench {{\n{chain}\n}}"
+    result = arena.relay_host.run(["nft", "-f", "-"], input=ruleset, capture_output=True)
+    if result.returncode:
+        raise RuntimeError(f"nft: {result.stderr.strip()}")
+    try:
+        yield
+    finally:
+        arena.relay_host.run(["nft", "delete", "table", "netdev", "bench"])
+
+
 class Mcr(Peer):
     """This relay."""
 
@@ -119,20 +133,9 @@ class McrDedicated(Mcr):
     @contextlib.contextmanager
     def running(self, arena: Arena, setup: Setup) -> Iterator[Running]:
         """Around the relay's own run."""
-        ruleset = f"""table netdev dedicated {{
-            chain ingress {{
-                type filter hook ingress device "left" priority 0; policy accept;
-                ip daddr 239.0.0.0/8 udp dport {PORT} drop
-            }}
-        }}"""
-        result = arena.relay_host.run(["nft", "-f", "-"], input=ruleset, capture_output=True)
-        if result.returncode:
-            raise RuntimeError(f"nft: {result.stderr.strip()}")
-        try:
-            with super().running(arena, setup) as running:
-                yield running
-        finally:
-            arena.relay_host.run(["nft", "delete", "table", "netdev", "dedicated"])
+        rule = f"ip daddr 239.0.0.0/8 udp dport {PORT} drop"
+        with nft_at_ingress(arena, rule), super().running(arena, setup) as running:
+            yield running
 
 
 def configuration(setup: Setup) -> str:
@@ -175,20 +178,10 @@ class NftForward(Peer):
     @contextlib.contextmanager
     def running(self, arena: Arena, setup: Setup) -> Iterator[Running]:
         rewrite = f"ether daddr set {OUTPUT_MAC} ip saddr set {OUTPUT_ADDRESS} ip daddr set {OUTPUT_GROUP}"
-        ruleset = f"""table netdev forward {{
-            chain ingress {{
-                type filter hook ingress device "left" priority 0; policy accept;
-                ip daddr {GROUP} udp dport {PORT} {rewrite} udp dport set {OUTPUT_PORT} fwd to "right"
-            }}
-        }}"""
-        result = arena.relay_host.run(["nft", "-f", "-"], input=ruleset, capture_output=True)
-        if result.returncode:
-            raise RuntimeError(f"nft: {result.stderr.strip()}")
-        try:
+        rule = f'ip daddr {GROUP} udp dport {PORT} {rewrite} udp dport set {OUTPUT_PORT} fwd to "right"'
+        with nft_at_ingress(arena, rule):
             arena.wait_until_relayed(1, 1, None)
             yield Running()
-        finally:
-            arena.relay_host.run(["nft", "delete", "table", "netdev", "forward"])
 
 
 class Socat(Peer):
