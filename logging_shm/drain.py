@@ -17,7 +17,7 @@ from logging_shm.levels import LevelPolicy
 from logging_shm.lines import Batch
 from logging_shm.reader import BATCH_RECORDS, Reader
 from logging_shm.ring import SharedSPSCRingBuffer
-from logging_shm.segment import SHM_DIRECTORY, SegmentError, names, unlink
+from logging_shm.segment import SegmentError, identity_of, names, unlink
 from logging_shm.sinks.base import Sink
 
 SLEEP_S_MIN = 0.001
@@ -138,7 +138,7 @@ class Drain:
         """Read the rings of that prefix that are not read yet."""
         found = {}
         for name in names():
-            if name.startswith(prefix) and _identity(name) not in self._followed:
+            if name.startswith(prefix) and identity_of(name) not in self._followed:
                 with contextlib.suppress(SegmentError):
                     ring = SharedSPSCRingBuffer.attach(name, self._owners)
                     found[ring.segment.identity] = ring
@@ -167,13 +167,5 @@ class Drain:
         for identity, ring in read.items():
             del self._followed[identity]
             self._finished.remove(identity)
-            if _identity(ring.segment.name) == identity:
+            if identity_of(ring.segment.name) == identity:
                 unlink(ring.segment.name)
-
-
-def _identity(name: str) -> int | None:
-    """The identity of the segment that has a name now, None when there is none."""
-    try:
-        return (SHM_DIRECTORY / name).stat().st_ino
-    except OSError:
-        return None

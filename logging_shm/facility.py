@@ -28,6 +28,10 @@ class Facility(IntEnum):
     Test = 6
 
 
+# The words of command lines, configurations and URLs.
+SEVERITIES = {severity.name.lower(): severity for severity in Severity}
+FACILITIES = {facility.name.lower(): facility for facility in Facility}
+
 # Records of each ring: what a facility writes in its busiest second, at 256 bytes a record.
 RING_CAPACITY = {
     Facility.Supervisor: 1024,

@@ -58,7 +58,6 @@ PAIRS_MAX: Final = 2
 PAIR_KEY_BYTES_MAX: Final = 8
 PAIR_VALUE_BYTES_MAX: Final = 20
 ARGUMENTS_MAX: Final = 8  # of eight bytes each; the first four lie in the record's first cache line
-ARGUMENT_BYTES: Final = 8
 
 STATE_EMPTY: Final = 0
 STATE_WRITING: Final = 1

@@ -77,6 +77,14 @@ def names() -> list[str]:
     return sorted(entry.name for entry in SHM_DIRECTORY.iterdir() if NAME.fullmatch(entry.name))
 
 
+def identity_of(name: str) -> int | None:
+    """What tells the file that has a name now from another that gets it later (Segment.identity); None for no file."""
+    try:
+        return (SHM_DIRECTORY / name).lstat().st_ino
+    except OSError:
+        return None
+
+
 def unlink(name: str) -> None:
     """Remove a name; whoever maps the segment keeps its memory. One that is gone already is fine."""
     with contextlib.suppress(posix_ipc.ExistentialError):

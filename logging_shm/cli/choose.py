@@ -8,12 +8,11 @@ from typing import Any, NoReturn
 import click
 import posix_ipc
 
-from logging_shm.facility import Facility
+from logging_shm.facility import FACILITIES
 from logging_shm.layout import CORE_NONE
 from logging_shm.ring import SharedSPSCRingBuffer
 from logging_shm.segment import SHM_DIRECTORY, SegmentError, is_remnant, names
 
-FACILITIES = {facility.name.lower(): facility for facility in Facility}
 _WORDS = "|".join(FACILITIES)
 NO_INSTANCE = re.compile(rf"mcr_(supervisor|controlplane|dp_c\d+_({_WORDS}|stats))")
 RING = re.compile(rf"mcr_(.+_)?({_WORDS})")

@@ -12,7 +12,7 @@ import click
 
 from logging_shm.cli.choose import Rings, fail, options
 from logging_shm.cli.moment import Moment
-from logging_shm.facility import RING_CAPACITY, Severity
+from logging_shm.facility import RING_CAPACITY, SEVERITIES
 from logging_shm.ring import SharedSPSCRingBuffer
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ LINES = 10
 POLL_S = 0.02
 LOOK_FOR_RINGS_S = 0.5
 STDOUT = 1
-SEVERITIES = [severity.name.lower() for severity in Severity]
 EPILOG = """\b
 Examples:
   mcrlog tail -f --severity warning
@@ -50,7 +49,7 @@ def pattern(context: click.Context, parameter: click.Parameter, value: str | Non
 @options
 @click.option(
     "--severity",
-    type=click.Choice(SEVERITIES, case_sensitive=False),
+    type=click.Choice(list(SEVERITIES), case_sensitive=False),
     metavar="LEVEL",
     default="debug",
     help=f"As grave as this, or graver: {', '.join(SEVERITIES)}.",
@@ -79,7 +78,7 @@ def command(
         click.echo(f"mcrlog: {remark}", err=True)
     from logging_shm.cli.follow import Filter, Follower
 
-    wanted = Filter(Severity[severity.capitalize()], grep, since_ns, as_json)
+    wanted = Filter(SEVERITIES[severity], grep, since_ns, as_json)
     follower = Follower(rings, wanted, max(RING_CAPACITY.values()))
     if lines is None and since_ns is None:
         lines = LINES

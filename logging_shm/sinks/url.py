@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from logging_shm.facility import Facility, Severity
+from logging_shm.facility import FACILITIES, SEVERITIES
 from logging_shm.sinks.selection import DEV_LOG, JOURNAL_SOCKET, Selection, SinkError
 from logging_shm.sinks.target import check_log
 
@@ -129,15 +129,13 @@ class Described:
         return options
 
     def _selection(self, defaults: Selection) -> Selection:
-        levels = {severity.name.lower(): severity for severity in Severity}
-        facilities = {facility.name.lower(): facility for facility in Facility}
         chosen = defaults.facilities
         if "facility" in self.options:
             names: Iterable[str] = self.options["facility"].lower().split(",")
-            chosen = frozenset(self._one_of("facility", name, facilities) for name in names)
+            chosen = frozenset(self._one_of("facility", name, FACILITIES) for name in names)
         return replace(
             defaults,
-            level=self._word("level", levels, defaults.level),
+            level=self._word("level", SEVERITIES, defaults.level),
             facilities=chosen,
             timestamps=self._word("timestamps", BOOLEANS, defaults.timestamps),
             fields=self._word("fields", BOOLEANS, defaults.fields),

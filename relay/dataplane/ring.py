@@ -19,6 +19,7 @@ from logging_shm.atomics import (
     store_release_u32,
 )
 from logging_shm.jit import compiled
+from logging_shm.layout import CACHE_LINE_BYTES
 from relay.dataplane.layout import (
     MMSGHDR,
     MSG_DONTWAIT,
@@ -45,7 +46,6 @@ VNET_BYTES = VIRTIO_NET_HDR.itemsize
 VNET_GSO_TYPE = offset_of(VIRTIO_NET_HDR, "gso_type")
 VNET_GSO_SIZE = offset_of(VIRTIO_NET_HDR, "gso_size")
 MMSG_BYTES = MMSGHDR.itemsize
-CACHE_LINE_BYTES = 64
 NO_SLOT = -1
 COMPARED_BYTES_MAX = 256  # both headers and more payload than two neighbours of a stream share
 TRUNCATED = int(DropCause.TRUNCATED)

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 
 from logging_shm import Facility, Severity, SharedSPSCRingBuffer
-from relay.config import LOG_LEVELS
+from logging_shm.facility import FACILITIES, SEVERITIES
 from relay.errors import RelayError
 
 
 def choose(rings: Sequence[SharedSPSCRingBuffer], facility: str | None, core: int | None) -> list[SharedSPSCRingBuffer]:
     """Rings by facility and core, both optional. Raises RelayError when there is none such."""
-    chosen = [
-        ring
-        for ring in rings
-        if (facility is None or ring.facility.name.lower() == facility.lower()) and core in (None, ring.core)
-    ]
+    wanted = parse_facility(facility)
+    chosen = [ring for ring in rings if (facility is None or ring.facility is wanted) and core in (None, ring.core)]
     if not chosen:
         names = ", ".join(sorted({ring.facility.name for ring in rings}))
         raise RelayError(f"no log ring of facility {facility} and core {core}: facilities are {names}")
@@ -22,14 +19,14 @@ def choose(rings: Sequence[SharedSPSCRingBuffer], facility: str | None, core: in
 
 def parse_level(level: str) -> Severity:
     """Raises RelayError for a word that is no level."""
-    if level not in LOG_LEVELS:
-        raise RelayError(f"level {level!r}: allowed are {', '.join(LOG_LEVELS)}")
-    return Severity[level.capitalize()]
+    if level not in SEVERITIES:
+        raise RelayError(f"level {level!r}: allowed are {', '.join(SEVERITIES)}")
+    return SEVERITIES[level]
 
 
 def parse_facility(facility: str | None) -> Facility | None:
-    """The facility of a name that `choose` has found rings of."""
-    return next((known for known in Facility if facility and known.name.lower() == facility.lower()), None)
+    """The facility of a name; None for no name, and for one that is none."""
+    return FACILITIES.get(facility.lower()) if facility is not None else None
 
 
 def of(rings: Sequence[SharedSPSCRingBuffer]) -> dict[str, str]:

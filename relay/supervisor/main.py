@@ -112,14 +112,14 @@ class Supervisor:
         )
         self._stack.callback(self._fleet.close)
         self._log_rings = [logging.rings[Facility.Supervisor], control_plane]
-        self._log_rings += [ring for worker in self._fleet.workers for ring in worker.logs.rings.values()]
         self._levels.apply(self._log_rings)
+        self._log_rings += [ring for worker in self._fleet.workers for ring in worker.logs.rings.values()]
         self._log_drain = LogDrain(config.sinks(options), self._log_rings, stale, self._log)
         self._log_drain.start()
         self._stack.callback(self._log_drain.stop)
         self._log.info("Starting MCR supervisor")
         if stale.names:
-            rescued = stale.unread()
+            rescued = stale.unread
             self._log.notice(f"Removed {len(stale.names)} segments of a killed supervisor, {rescued} records rescued")
 
     def _open_sockets(self) -> None:

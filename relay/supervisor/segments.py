@@ -16,7 +16,7 @@ import posix_ipc
 
 from logging_shm import Facility, SegmentError, SharedSPSCRingBuffer
 from logging_shm.facility import segment_name
-from logging_shm.segment import SHM_DIRECTORY, is_zero, open_private, owner_of, unlink, used_by
+from logging_shm.segment import SHM_DIRECTORY, identity_of, is_zero, open_private, owner_of, unlink, used_by
 from relay.dataplane.layout import STATS_BYTES, STATS_MAGIC
 from relay.errors import PreflightError
 
@@ -32,11 +32,7 @@ class Stale:
 
     names: list[str] = field(default_factory=list)
     rings: list[SharedSPSCRingBuffer] = field(default_factory=list)
-    records: int = 0  # that nobody had read when it was found
-
-    def unread(self) -> int:
-        """Records that nobody had read yet: the drain may be at them by now."""
-        return self.records
+    unread: int = 0  # records that nobody had read when they were found: the drain may be at them by now
 
 
 @contextlib.contextmanager
@@ -54,13 +50,6 @@ def names_of(instance: str | None) -> list[str]:
     """The segments of an instance that exist."""
     prefix = f"mcr_{re.escape(instance)}_" if instance else "mcr_"
     return sorted(entry.name for entry in SHM_DIRECTORY.iterdir() if re.fullmatch(prefix + OF_AN_INSTANCE, entry.name))
-
-
-def _inode(name: str) -> int | None:
-    """What tells a file from another that gets its name; None when there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        return (SHM_DIRECTORY / name).lstat().st_ino
-    return None
 
 
 def _stats_owner(name: str, uid: int) -> int | None:
@@ -82,7 +71,7 @@ def _owner(name: str, uid: int) -> int | None:
     try:
         return _stats_owner(name, uid) if name.endswith(STATS) else owner_of(name, uid)
     except SegmentError as error:
-        if _inode(name) is None:  # `mcrlog clean` was faster
+        if identity_of(name) is None:  # `mcrlog clean` was faster
             return None
         raise PreflightError(
             f"{str(error).removesuffix(': remove it')}: remove it, or choose another --instance"
@@ -101,7 +90,7 @@ def remove_stale(instance: str | None, uid: int = -1, patience_s: float = ORPHAN
     deadline_s = time.monotonic() + patience_s
     judged: dict[str, int | None] = {}
     for name in found:
-        judged[name] = _inode(name)
+        judged[name] = identity_of(name)
         while (pid := _owner(name, uid)) is not None:
             if name == supervisor or time.monotonic() > deadline_s:
                 raise PreflightError(f"process {pid} uses /dev/shm/{name}: stop it, or choose another --instance")
@@ -112,8 +101,8 @@ def remove_stale(instance: str | None, uid: int = -1, patience_s: float = ORPHAN
             ring = SharedSPSCRingBuffer.attach(name, {0, os.geteuid(), uid})
             ring.segment.finish_dead()
             stale.rings.append(ring)
-            stale.records += ring.unread()
-        if _inode(name) not in (judged[name], None):
+            stale.unread += ring.unread()
+        if identity_of(name) not in (judged[name], None):
             raise PreflightError(f"/dev/shm/{name} was made just now: another relay of this instance starts")
         unlink(name)
         stale.names.append(name)

@@ -7,9 +7,20 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from logging_shm import SharedSPSCRingBuffer
+from tests.logging_shm.command import new_instance
+from tests.logging_shm.remnants import SHM, clear
 
 MakeRing = Callable[..., SharedSPSCRingBuffer]
 _serial = itertools.count(1)
+
+
+@pytest.fixture
+def instance() -> Iterator[str]:
+    """A name of one's own; whatever a test left under it is removed."""
+    instance = new_instance()
+    yield instance
+    for path in SHM.glob(f"mcr_{instance}*"):
+        clear(path.name)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import os
 import pwd
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,17 +10,8 @@ from logging_shm import LogEntry, Severity
 from logging_shm.cli.clean import STATS_MAGIC
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.layout import STATS_MAGIC as STATS_MAGIC_OF_RELAY
-from tests.logging_shm.command import mcrlog, mcrlog_alone, mcrlog_as, mcrlog_json, new_instance, ring_of
-from tests.logging_shm.remnants import FOREIGN, REMNANTS, SHM, clear, in_child, waiting
-
-
-@pytest.fixture
-def instance() -> Iterator[str]:
-    """A name of one's own; whatever a test left under it is removed."""
-    instance = new_instance()
-    yield instance
-    for path in SHM.glob(f"mcr_{instance}*"):
-        clear(path.name)
+from tests.logging_shm.command import mcrlog, mcrlog_alone, mcrlog_as, mcrlog_json, ring_of
+from tests.logging_shm.remnants import FOREIGN, REMNANTS, SHM, in_child, waiting
 
 
 def left(instance: str) -> list[str]:

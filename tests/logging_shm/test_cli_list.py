@@ -2,23 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from logging_shm import LogEntry, Severity, SharedSPSCRingBuffer
 from logging_shm.cli.choose import is_of
-from tests.logging_shm.command import mcrlog, mcrlog_alone, mcrlog_as, mcrlog_json, new_instance, ring_of, screen_of
-from tests.logging_shm.remnants import FOREIGN, REMNANTS, SHM, clear, in_child, waiting
-
-
-@pytest.fixture
-def instance() -> Iterator[str]:
-    """A name of one's own; whatever a test left under it is removed."""
-    instance = new_instance()
-    yield instance
-    for path in SHM.glob(f"mcr_{instance}*"):
-        clear(path.name)
+from tests.logging_shm.command import mcrlog, mcrlog_alone, mcrlog_as, mcrlog_json, ring_of, screen_of
+from tests.logging_shm.remnants import FOREIGN, REMNANTS, in_child, waiting
 
 
 def fill(ring: SharedSPSCRingBuffer, count: int) -> None:

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,24 +17,13 @@ from tests.logging_shm.command import (
     Running,
     mcrlog,
     mcrlog_json,
-    new_instance,
     ring_of,
     screen_of,
     terminal,
 )
-from tests.logging_shm.remnants import SHM, clear
 
 ESCAPES = re.compile(r"\033\[[0-9;?]*[A-Za-z]")
 QUICK = ("--count", "1", "--interval-s", "0.1")
-
-
-@pytest.fixture
-def instance() -> Iterator[str]:
-    """A name of one's own; whatever a test left under it is removed."""
-    instance = new_instance()
-    yield instance
-    for path in SHM.glob(f"mcr_{instance}*"):
-        clear(path.name)
 
 
 def write(ring: SharedSPSCRingBuffer, count: int) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,22 +15,13 @@ from logging_shm.cli.choose import Rings
 from logging_shm.cli.follow import Filter, Follower
 from logging_shm.cli.tail import renew
 from logging_shm.sinks.url import Described
-from tests.logging_shm.command import DEADLINE_S, MCRLOG, Running, mcrlog, mcrlog_here, new_instance, ring_of, until
-from tests.logging_shm.remnants import SHM, clear, in_child
+from tests.logging_shm.command import DEADLINE_S, MCRLOG, Running, mcrlog, mcrlog_here, ring_of, until
+from tests.logging_shm.remnants import SHM, in_child
 
 MS = 1_000_000
 LINE = re.compile(
     r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z \[Warning\] \[Ingress\] hello core=3 pid=(\d+) tid=(\d+) seq=0 rule="tv"'
 )
-
-
-@pytest.fixture
-def instance() -> Iterator[str]:
-    """A name of one's own; whatever a test left under it is removed."""
-    instance = new_instance()
-    yield instance
-    for path in SHM.glob(f"mcr_{instance}*"):
-        clear(path.name)
 
 
 def write(

@@ -41,7 +41,7 @@ def test_all_that_a_killed_relay_left_is_removed_and_its_unread_records_are_resc
     in_child(lambda: make_relay(instance, records=3))
     assert len(names_of(instance)) == 7
     stale = remove_stale(instance, WORKER_UID)
-    assert (len(stale.names), len(stale.rings), stale.unread()) == (7, 6, 3)
+    assert (len(stale.names), len(stale.rings), stale.unread) == (7, 6, 3)
     (ingress,) = [ring for ring in stale.rings if ring.facility is Facility.Ingress]
     assert [read.message for _ in range(4) if (read := ingress.read())] == ["record 0", "record 1", "record 2"]
     assert names_of(instance) == []
@@ -49,7 +49,7 @@ def test_all_that_a_killed_relay_left_is_removed_and_its_unread_records_are_resc
 
 def test_where_nothing_was_left_nothing_is_removed(instance: str) -> None:
     stale = remove_stale(instance)
-    assert (stale.names, stale.rings, stale.unread()) == ([], [], 0)
+    assert (stale.names, stale.rings, stale.unread) == ([], [], 0)
 
 
 def test_a_living_supervisor_is_named_and_keeps_everything(instance: str) -> None:

@@ -75,11 +75,6 @@ class Run:
         """Whether a worker had no time left."""
         return max(self.worker_ns, default=0) > 0.95 * self.seconds * 1e9
 
-    @property
-    def cpu_ns_per_packet(self) -> float:
-        """CPU time of everybody, for each datagram that arrived."""
-        return (self.relay_ns + self.other_ns) / max(self.arrived / self.copies, 1)
-
 
 def segment(host: Host, interface: str, whole: bool) -> None:
     """Whether super-frames leave an interface whole, or cut to datagrams."""
