@@ -40,6 +40,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     instance: Annotated[str, Meta(pattern=f"^{INSTANCE}$")] | None = None
     socket: str | None = None
     fanout: FanoutMode = "hash"
+    exclusive: bool = False  # relayed datagrams stay away from the host's own stack
     ring_mib: Annotated[int, Meta(ge=1, le=RING_MIB_MAX)] = 16
     idle: IdleMode = "adaptive"
     log_level: Level = "info"

@@ -38,6 +38,7 @@ def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tupl
 @click.option("--instance", metavar="NAME", help="Name of this relay, to run several on a host.")
 @click.option("--socket", metavar="PATH", help="Control socket. [default: /run/mcr/control.sock]")
 @click.option("--fanout", type=click.Choice(["hash", "cpu", "qm"]), help="How workers share it. [default: hash]")
+@click.option("--exclusive", is_flag=True, default=None, help="Only the relay gets what it relays: less CPU.")
 @click.option("--ring-mib", type=int, help="Packet ring for each worker and interface. [default: 16]")
 @click.option("--idle", type=click.Choice(["adaptive", "sleep", "spin"]), help="How workers wait. [default: adaptive]")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), metavar="LEVEL", help="Least severity. [default: info]")

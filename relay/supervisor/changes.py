@@ -62,7 +62,6 @@ class Changes:
                 return False
             cores = [w.core for w in self._fleet.workers if w.generation != self._fleet.generation]
             self._current.warnings.append(f"workers on cores {cores} have not taken the change yet")
-        self._fleet.finish()
         ended, self._current = self._current, None
-        ended.end(ended.warnings)
+        ended.end(ended.warnings + self._fleet.finish())
         return True

@@ -24,6 +24,7 @@ from relay.errors import RelayError, RuleError
 from relay.messages import AddRing, CloseSockets, FromWorker, RemoveRing, SetSockets, SetTable
 from relay.rules import Output, Rule, address_number
 from relay.supervisor.egress import EgressKey, open_egress
+from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.ingress import (
     FRAME_BYTES,
     Fanout,
@@ -116,6 +117,7 @@ class Fleet:
         ring_bytes: int,
         fanout: Fanout,
         levels: LevelPolicy,
+        exclusive: Exclusive | None = None,
     ) -> None:
         self.default_interfaces = default_interfaces
         self.plan = Plan()
@@ -125,6 +127,7 @@ class Fleet:
         self.workers: list[Worker] = []
         self._ring_bytes = ring_bytes
         self._fanout = fanout
+        self._exclusive = exclusive
         self._rings: dict[str, Ring] = {}
         self._ring_numbers = Numbers(layout.RINGS_MAX)
         self._rule_numbers = Numbers(layout.RULES_MAX)
@@ -186,8 +189,8 @@ class Fleet:
         """Whether every running worker uses the current table."""
         return all(worker.generation == self.generation for worker in self.workers if worker.running)
 
-    def finish(self) -> None:
-        """Close and free what only the former table used, and admit what the new one relays."""
+    def finish(self) -> list[str]:
+        """Close and free what only the former table used, and admit what the new one relays; return warnings."""
         retired, self._retired = self._retired, Retired()
         for worker in self.workers:
             if worker.running and retired.sockets:
@@ -203,6 +206,7 @@ class Fleet:
         self._socket_numbers.give_back(retired.sockets)
         self._rule_numbers.give_back(retired.rule_slots)
         self._output_numbers.give_back(retired.output_slots)
+        return self._keep_from_host(self.plan)
 
     def _check_room(self, plan: Plan) -> None:
         """Raises RuleError when the numbers in use until `finish` leave too few for what is new."""
@@ -337,6 +341,18 @@ class Fleet:
             program = bpf.assemble(plan.admitted[name])
             for worker in self.workers:
                 attach_filter(worker.rings[ring.number], program)
+
+    def _keep_from_host(self, plan: Plan) -> list[str]:
+        """Let the host's own stack have what is not relayed, and only that, if the relay is exclusive."""
+        if self._exclusive is None:
+            return []
+        try:
+            self._exclusive.apply(
+                {(ring.interface, ring.ifindex): plan.admitted[name] for name, ring in self._rings.items()}
+            )
+        except RelayError as error:
+            return [str(error)]
+        return []
 
     def count_ring_drops(self) -> dict[tuple[int, str], int]:
         """Count what the kernel dropped since the last call; return it by core and interface."""

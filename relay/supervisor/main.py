@@ -23,7 +23,7 @@ from logging_shm import Facility, LevelPolicy, SharedSPSCRingBuffer, SupervisorL
 from logging_shm.facility import segment_name
 from relay import config
 from relay.config import Options
-from relay.errors import ExitCode, RelayError
+from relay.errors import ExitCode, PreflightError, RelayError
 from relay.messages import (
     ApplyRules,
     Configure,
@@ -40,6 +40,7 @@ from relay.messages import (
 from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
+from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.fleet import Fleet
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.link import ControlPlaneLink
@@ -107,8 +108,11 @@ class Supervisor:
         control_plane.segment.limit(0, *CONTROL_PLANE_LINES)
         self._levels = LevelPolicy(levels.parse_level(options.log_level))
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
+        exclusive = Exclusive(options.instance) if options.exclusive else None
+        if exclusive is not None:
+            self._stack.callback(exclusive.close)
         self._fleet = Fleet(
-            self._cores, options.instance, self._owner, options.interfaces, ring_bytes, fanout, self._levels
+            self._cores, options.instance, self._owner, options.interfaces, ring_bytes, fanout, self._levels, exclusive
         )
         self._stack.callback(self._fleet.close)
         self._log_rings = [logging.rings[Facility.Supervisor], control_plane]
@@ -131,7 +135,8 @@ class Supervisor:
         self._wakeup = self._stack.enter_context(_signal_socket())
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_signals)
         self._fleet.begin((), self._interfaces, strict=True)
-        self._fleet.finish()
+        for refusal in self._fleet.finish():
+            raise PreflightError(f"{refusal}: start without --exclusive")
         self._changes = Changes(self._fleet)
         self._sampler = Sampler(self._fleet)
         loop, options = (self._log, self._selector, self._timers), self._options

@@ -130,7 +130,7 @@ def test_a_part_has_its_figures(document: Any, part: str) -> None:
 @needs_root
 def test_peers_are_measured(document: Any) -> None:
     contenders = {figure["contender"] for figure in document["figures"] if figure["part"] == "cpu"}
-    assert contenders == {"nobody", "mcr", "mcr dedicated", "nft", "one-by-one"}
+    assert contenders == {"nobody", "mcr", "mcr exclusive", "nft", "one-by-one"}
 
 
 @needs_root

@@ -8,7 +8,7 @@ from tests.system.harness import Relay
 from tools.bench.relay import lifecycle
 from tools.bench.relay.bench import USUAL_SIZE, Bench, progress
 from tools.bench.relay.generator import LoadOrder
-from tools.bench.relay.peers import MCR, MCR_DEDICATED, Peer, Running
+from tools.bench.relay.peers import MCR, MCR_EXCLUSIVE, Peer, Running
 from tools.bench.relay.results import FLAT_OUT, ON_RELAYS_CORE, SINGLE, SUPER, WIRE, Case, Trial
 from tools.bench.relay.search import Point, highest_lossless
 from tools.bench.relay.topology import Arena, Run
@@ -78,7 +78,7 @@ def cpu(bench: Bench) -> None:
     """CPU time of all processes for each packet, less what the generator takes by itself."""
     arena, plan = bench.arena(), bench.plan
     alone: dict[float, float] = {}
-    for peer in (None, MCR, MCR_DEDICATED, *plan.peers):
+    for peer in (None, MCR, MCR_EXCLUSIVE, *plan.peers):
         name = peer.name if peer else NOBODY
         progress(f"CPU per packet: {name}")
         with bench.running(peer, arena) as running:

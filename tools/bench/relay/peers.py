@@ -104,12 +104,13 @@ class Mcr(Peer):
     """This relay."""
 
     name = "mcr"
+    options: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def running(self, arena: Arena, setup: Setup) -> Iterator[Running]:
         config = arena.folder / "relay.toml"
         config.write_text(configuration(setup))
-        options = ("--config", str(config), "--idle", setup.idle, "--ring-mib", str(setup.ring_mib))
+        options = ("--config", str(config), "--idle", setup.idle, "--ring-mib", str(setup.ring_mib), *self.options)
         relay = Relay(arena.relay_host, arena.folder, ("left",), setup.workers, *options)
         try:
             arena.wait_until_relayed(setup.rules if setup.rules <= 256 else 1, setup.outputs, relay.process)
@@ -120,22 +121,13 @@ class Mcr(Peer):
                 relay.kill()
 
 
-class McrDedicated(Mcr):
-    """This relay on a host of its own: nft drops, behind the packet tap, what only the relay wants.
+class McrExclusive(Mcr):
+    """This relay with --exclusive: the host's own stack is spared what is relayed."""
 
-    The host's network stack receives every datagram of a joined group a second time, finds nobody, and drops it.
-    """
-
-    name = "mcr dedicated"
-    program = "nft"
+    name = "mcr exclusive"
+    program = "nft"  # and with it libnftables
     package = "nftables"
-
-    @contextlib.contextmanager
-    def running(self, arena: Arena, setup: Setup) -> Iterator[Running]:
-        """Around the relay's own run."""
-        rule = f"ip daddr 239.0.0.0/8 udp dport {PORT} drop"
-        with nft_at_ingress(arena, rule), super().running(arena, setup) as running:
-            yield running
+    options = ("--exclusive",)
 
 
 def configuration(setup: Setup) -> str:
@@ -214,5 +206,5 @@ class OneByOne(Peer):
 
 
 MCR = Mcr()
-MCR_DEDICATED = McrDedicated()
+MCR_EXCLUSIVE = McrExclusive()
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (Smcroute(), NftForward(), Socat(), OneByOne())}

@@ -205,7 +205,7 @@ def targets() -> list[Target]:
         Target("highest rate without loss, one worker, wire-size (∞: the generator's limit)", lossless, 1.5e6),
         Target("packets per CPU second, 64 bytes, wire-size", lambda r: per_cpu_s(r, "mcr", 64, WIRE), 1.5e6),
         Target("CPU per packet beyond the generator's / smcroute's", lambda r: cpu_beside(r, "smcroute"), 0.5, True),
-        Target("the same, on a dedicated host", lambda r: cpu_beside(r, "smcroute", "mcr dedicated"), 0.5, True),
+        Target("the same, with --exclusive", lambda r: cpu_beside(r, "smcroute", "mcr exclusive"), 0.5, True),
         Target("CPU per packet beyond the generator's / socat's", lambda r: cpu_beside(r, "socat"), 0.1, True),
         Target("CPU per packet beyond the generator's / nft's", lambda r: cpu_beside(r, "nft"), None),
         *latency_targets(),
