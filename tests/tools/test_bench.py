@@ -94,11 +94,12 @@ FIELDS = {
     "start": {"first_packet_s"},
     "failover": {"next_packet_s", "silence_s", "lost"},
     "ping": {"wall_ms"},
+    "endurance": {"seconds", "sent", "lost", "grown_mb", "worker_ns"},
 }
 SMALLEST = (
     *("--quick", "--seconds", "0.1", "--confirm-seconds", "0.1", "--sizes", "1316", "--peers", "nft,one-by-one"),
     *("--rules", "10", "--outputs", "4", "--streams", "1,4", "--workers", "2"),
-    *("--latency-rates", "2000", "--idles", "adaptive"),
+    *("--latency-rates", "2000", "--idles", "adaptive", "--endurance-seconds", "1"),
 )
 
 

@@ -31,6 +31,7 @@ QUICK = Plan(
     latency_rates=(2_000, 20_000),
     interrupts=(ON_SENDERS_CORE,),
     backlogs=5,
+    endurance_s=5.0,
     peer_frames=(WIRE,),
 )
 
@@ -85,6 +86,7 @@ def present(names: Sequence[str], results: Results) -> list[Peer]:
 @click.option("--rounds", type=click.IntRange(1), help="Repetitions of everything, interleaved.  [default: 3]")
 @click.option("--seconds", type=click.FloatRange(0.05), help="Length of a run.  [default: 3]")
 @click.option("--confirm-seconds", type=click.FloatRange(0.05), help="Length of a search's last run.  [default: 10]")
+@click.option("--endurance-seconds", type=click.FloatRange(1), help="Length of the part endurance.  [default: 600]")
 @click.option("--ring-mib", type=click.IntRange(1, 1024), help="The relay's packet ring.  [default: 16]")
 @click.option("--cut-egress", is_flag=True, help="Cut the relay's output as for a NIC without segmentation offload.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures here.")
@@ -96,6 +98,7 @@ def main(
     rounds: int | None,
     seconds: float | None,
     confirm_seconds: float | None,
+    endurance_seconds: float | None,
     ring_mib: int | None,
     cut_egress: bool,
     json_path: Path | None,
@@ -116,6 +119,7 @@ def main(
         "rounds": rounds,
         "seconds": seconds,
         "confirm_s": confirm_seconds,
+        "endurance_s": endurance_seconds,
         "ring_mib": ring_mib,
         "cut_egress": cut_egress,
     }

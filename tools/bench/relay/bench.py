@@ -31,6 +31,7 @@ class Plan:
     idles: Sequence[str] = ("spin", "adaptive", "sleep")
     interrupts: Sequence[str] = (ON_SENDERS_CORE, ON_RELAYS_CORE)
     backlogs: int = 20
+    endurance_s: float = 600.0
     ring_mib: int = 16
     cut_egress: bool = False
     peers: Sequence[Peer] = ()

@@ -17,6 +17,7 @@ HASHED_STREAMS = 64  # so many that the hash gives each worker its part
 SLOTS_PER_MIB = 512  # of the packet ring, 2 KiB each
 BACKLOG_S_MAX = 2.0
 LATENCY_SAMPLES_MIN = 1000  # a run is longer where the rate is so low
+ENDURANCE_PPS = 200_000
 NOBODY = "nobody"  # the same traffic with no relay: what the generator costs by itself
 
 
@@ -268,6 +269,30 @@ def measure_backlog(bench: Bench, running: Running, case: Case) -> None:
     )
 
 
+def endurance(bench: Bench) -> None:
+    """Long and steady, once whatever the rounds: what is lost, and what memory grows by after the first tenth."""
+    if bench.results.cases("endurance"):
+        return
+    plan, arena = bench.plan, bench.arena()
+    with bench.running(MCR, arena) as running:
+        if running is None:
+            return
+        progress(f"endurance: {plan.endurance_s:.0f} s at {ENDURANCE_PPS} packets/s")
+        early = load(arena, running, order(USUAL_SIZE, WIRE, ENDURANCE_PPS, plan.endurance_s * 0.1), WIRE)
+        before = {pid: sum(lifecycle.pss_bytes(pid)) for pid in running.pids}
+        late = load(arena, running, order(USUAL_SIZE, WIRE, ENDURANCE_PPS, plan.endurance_s * 0.9), WIRE)
+        after = {pid: sum(lifecycle.pss_bytes(pid)) for pid in running.pids}
+        bench.results.add(
+            "endurance",
+            Case(MCR.name, USUAL_SIZE, WIRE, ENDURANCE_PPS),
+            seconds=early.seconds + late.seconds,
+            sent=early.sent + late.sent,
+            lost=early.lost + late.lost,
+            grown_mb=(sum(after.values()) - sum(before.values())) / 1e6,
+            worker_ns=sum(late.worker_ns) / max(late.arrived, 1),
+        )
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "throughput": throughput,
     "cpu": cpu,
@@ -281,4 +306,5 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "start": lifecycle.start,
     "failover": lifecycle.failover,
     "ping": lifecycle.ping,
+    "endurance": endurance,
 }

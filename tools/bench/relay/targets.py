@@ -232,6 +232,8 @@ def targets() -> list[Target]:
         Target("MB of PSS for another worker, besides its ring", of_memory, 60, True),
         Target("seconds from exec to the first packet", lambda r: single(r, "start", "first_packet_s"), 1.5, True),
         Target("seconds from kill -9 to the next packet", lambda r: single(r, "failover", "next_packet_s"), None),
+        Target("lost in a long run at 200 000/s", lambda r: single(r, "endurance", "lost"), 0, True),
+        Target("MB that memory grows by in it", lambda r: single(r, "endurance", "grown_mb"), 1, True),
         Target("mcrctl ping, ms", lambda r: single(r, "ping", "wall_ms"), 120, True),
     ]
 
