@@ -42,6 +42,10 @@ class Ping(msgspec.Struct, tag="ping", forbid_unknown_fields=True):
     """Whether the relay serves."""
 
 
+class Restart(msgspec.Struct, tag="restart", forbid_unknown_fields=True):
+    """Start anew from what is installed now, with the same sockets: no datagram is lost."""
+
+
 class LogLevel(msgspec.Struct, tag="log-level", forbid_unknown_fields=True):
     """The log levels of rings, changed first when `level` is given."""
 
@@ -50,7 +54,7 @@ class LogLevel(msgspec.Struct, tag="log-level", forbid_unknown_fields=True):
     core: int | None = None
 
 
-Request = AddRules | RemoveRules | ListRules | GetStats | ListWorkers | Ping | LogLevel
+Request = AddRules | RemoveRules | ListRules | GetStats | ListWorkers | Ping | LogLevel | Restart
 
 
 class Answer(msgspec.Struct):

@@ -39,6 +39,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     group: str | None = None
     instance: Annotated[str, Meta(pattern=f"^{INSTANCE}$")] | None = None
     socket: str | None = None
+    state: str | None = None  # a file that keeps rules added at run time over restarts; None: until a clean stop
     fanout: FanoutMode = "hash"
     exclusive: bool = False  # relayed datagrams stay away from the host's own stack
     ring_mib: Annotated[int, Meta(ge=1, le=RING_MIB_MAX)] = 16

@@ -38,6 +38,12 @@ class LogLevel(msgspec.Struct, tag=True):
     core: int | None = None
 
 
+class Restart(msgspec.Struct, tag=True):
+    """Start the supervisor anew, as another version may be installed; workers relay meanwhile."""
+
+    request_id: int
+
+
 class OutputStats(msgspec.Struct):
     output: str  # "group:port:interface"
     packets: int
@@ -135,7 +141,7 @@ class Configure(msgspec.Struct, tag=True):
     rules: tuple[Rule, ...] = ()
 
 
-ToSupervisor = Ready | ApplyRules | GetStats | ListWorkers | LogLevel
+ToSupervisor = Ready | ApplyRules | GetStats | ListWorkers | LogLevel | Restart
 ToControlPlane = Stats | Workers | Levels | Done | Refused | Restore | Configure
 
 
@@ -208,7 +214,41 @@ class TableInUse(msgspec.Struct, tag=True):
     generation: int
 
 
-ToTemplate = Spawn
+# --- what outlives the supervisor, relay/supervisor/keeper.py and orphans.py ------------------------
+
+
+class Keep(msgspec.Struct, tag=True):
+    """Supervisor → template: hold these for the next supervisor. Descriptors: one a name."""
+
+    names: tuple[str, ...]
+
+
+class Forget(msgspec.Struct, tag=True):
+    """Supervisor → template: close what is kept under these names."""
+
+    names: tuple[str, ...]
+
+
+class Leave(msgspec.Struct, tag=True):
+    """Supervisor → template: close everything that is kept, and end with the last worker."""
+
+
+class Kept(msgspec.Struct, tag=True):
+    """Template → the next supervisor. Descriptors: one a name."""
+
+    names: tuple[str, ...]
+
+
+class KeptAll(msgspec.Struct, tag=True):
+    """Template → the next supervisor: that was all."""
+
+
+class Drain(msgspec.Struct, tag=True):
+    """Supervisor → worker: let nothing more in, relay what the rings hold, end."""
+
+
+ToTemplate = Spawn | Keep | Forget | Leave
 FromTemplate = Spawned | Exited | TemplateReady
-ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable
+FromOrphans = Kept | KeptAll | Exited
+ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Drain
 FromWorker = Started | TableInUse

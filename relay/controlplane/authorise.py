@@ -4,7 +4,7 @@ import socket
 import struct
 from collections.abc import Collection
 
-from relay.api import AddRules, LogLevel, RemoveRules, Request
+from relay.api import AddRules, LogLevel, RemoveRules, Request, Restart
 from relay.errors import ControlError
 
 UCRED = struct.Struct("@iII")  # struct ucred: pid, uid, gid
@@ -18,7 +18,9 @@ def peer_uid(client: socket.socket) -> int:
 
 def changes_something(request: Request) -> bool:
     """Whether a request is more than a look."""
-    return isinstance(request, AddRules | RemoveRules) or (isinstance(request, LogLevel) and request.level is not None)
+    return isinstance(request, AddRules | RemoveRules | Restart) or (
+        isinstance(request, LogLevel) and request.level is not None
+    )
 
 
 def authorise(request: Request, uid: int, trusted_uids: Collection[int]) -> None:

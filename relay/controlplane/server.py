@@ -121,7 +121,7 @@ class ControlPlane:
         except ValueError:
             answer = api.Answer(ok=False, error=f"request is over {api.REQUEST_BYTES_MAX} bytes")
             writer.write(self._encoder.encode(answer) + b"\n")
-        except ConnectionError:
+        except (ConnectionError, asyncio.CancelledError):  # cancelled: this process ends
             return
         finally:
             writer.close()
@@ -159,6 +159,9 @@ class ControlPlane:
                     lambda number: messages.LogLevel(number, request.level, request.facility, request.core)
                 )
                 return api.Answer(ok=True, result=levels.levels)
+            case api.Restart():
+                await self._ask(messages.Restart)
+                return api.Answer(ok=True)
             case api.Ping():
                 return api.Answer(ok=True, result={"version": VERSION})
 

@@ -250,6 +250,7 @@ STATS_HEADER: Final = np.dtype(
             "pid",
             "doorbell",
             "ring_full",
+            "release",
             "heartbeat_ns",
             "generation_seen",
             "packets_in",
@@ -285,6 +286,7 @@ STATS_HEADER: Final = np.dtype(
             "<i8",
             "<i8",
             "<i8",
+            "<i8",
             ("<i8", (DROP_CAUSES,)),
             ("<i8", (RINGS_MAX,)),
             ("<i8", (RINGS_MAX,)),
@@ -293,7 +295,7 @@ STATS_HEADER: Final = np.dtype(
         # The supervisor writes the line of the doorbell, the worker the rest.
         "offsets": [
             *(0, 8, 16),
-            *(64, 72),
+            *(64, 72, 80),
             *(128, 136),
             *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264),
             *(320, 448, 576, 704),
@@ -301,6 +303,8 @@ STATS_HEADER: Final = np.dtype(
         "itemsize": 4096,
     }
 )
+RELEASE_NOW: Final = 1  # of `release`: end after this pass, another worker goes on with the rings
+RELEASE_DRAINED: Final = 2  # end when the rings are empty
 RULE_STATS: Final = np.dtype([("packets", "<i8"), ("bytes", "<i8"), ("last_ns", "<i8"), ("pad", "<i8")])
 OUTPUT_STATS: Final = np.dtype(
     [

@@ -1,18 +1,22 @@
 """The template: a process that has the compiled code loaded, and of which every worker is a fork.
 
 So a worker starts in milliseconds. It starts privileged, to read the code wherever it lies, and gives up
-privileges before it forks. It obeys the supervisor (Spawn) and tells it of exits; it ends with the
-supervisor's stream. Run as `python -m relay.dataplane.template --fd N --uid U --gid G`.
+privileges before it forks. It obeys the supervisor (Spawn) and tells it of exits. It also holds the descriptors that
+must outlive a supervisor: when that one is gone, the next one fetches them at the hand-over socket (`Kept`), and
+the workers go on meanwhile. It ends when it is told to leave, or with its last worker.
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import select
 import signal
 import socket
+import struct
 import sys
 import traceback
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,8 +25,8 @@ from relay.dataplane.ring import find_cursor
 from relay.dataplane.syscalls import load_liburing
 from relay.dataplane.table import compile_table, view_table
 from relay.dataplane.worker import main as run_worker
-from relay.descriptors import Channel, ChannelClosedError
-from relay.messages import Exited, Spawn, Spawned, TemplateReady, ToTemplate
+from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
+from relay.messages import Exited, Forget, Keep, Kept, KeptAll, Leave, Spawn, Spawned, TemplateReady, ToTemplate
 from relay.privileges import drop_to
 
 LOG_BYTES = 16_384  # of the log segment that warming up writes into: a header is all it needs
@@ -48,40 +52,90 @@ def load_compiled_code() -> None:
 
 
 class Template:
-    """Forks workers and reaps them."""
+    """Forks workers and reaps them; keeps descriptors for the next supervisor, whose user is `heir_uid`."""
 
-    def __init__(self, channel: Channel[ToTemplate]) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel[ToTemplate], handover: socket.socket, heir_uid: int) -> None:
+        self._channel: Channel[ToTemplate] | None = channel
+        self._handover = handover
+        self._heir_uid = heir_uid
         self._cores: dict[int, int] = {}  # by pid
+        self._kept: dict[str, int] = {}  # descriptors by name
 
     def run(self, wakeup: socket.socket) -> None:
-        """Serve until the supervisor's stream ends, then wait for the workers, whose streams end with it."""
-        while True:
-            readable, _, _ = select.select([self._channel.fileno(), wakeup.fileno()], [], [])
-            if wakeup.fileno() in readable:
-                wakeup.recv(4096)
-                self._reap()
-            if self._channel.fileno() in readable:
-                try:
-                    message, descriptors = self._channel.receive()
-                except ChannelClosedError:
-                    return
-                self._spawn(message, descriptors[0])
+        """Serve supervisors, one after the other, until one says to leave or nobody is left to relay."""
+        while self._serve(wakeup):
+            if self._channel is None and not self._cores:
+                return
 
-    def _spawn(self, spawn: Spawn, descriptor: int) -> None:
+    def _serve(self, wakeup: socket.socket) -> bool:
+        """Wait for the next event and deal with it; False when told to leave."""
+        supervisor = self._channel or self._handover
+        readable, _, _ = select.select([supervisor.fileno(), wakeup.fileno()], [], [])
+        if wakeup.fileno() in readable:
+            wakeup.recv(4096)
+            self._reap()
+        if supervisor.fileno() not in readable:
+            return True
+        if self._channel is None:
+            self._accept()
+            return True
+        try:
+            message, descriptors = self._channel.receive()
+        except ChannelClosedError:
+            self._channel.close()
+            self._channel = None
+            return True
+        match message:
+            case Spawn():
+                self._spawn(self._channel, message, descriptors[0])
+            case Keep():
+                self._forget(message.names)
+                self._kept |= zip(message.names, descriptors, strict=True)
+            case Forget():
+                self._forget(message.names)
+            case Leave():
+                return False
+        return True
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            descriptor = self._kept.pop(name, None)
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _accept(self) -> None:
+        """Hand everything that is kept to the next supervisor, if it is one."""
+        end, _ = self._handover.accept()
+        _, uid, _ = struct.unpack("@iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in (0, self._heir_uid):
+            end.close()
+            return
+        channel: Channel[ToTemplate] = Channel(end, ToTemplate)
+        names = list(self._kept)
+        try:
+            for at in range(0, len(names), DESCRIPTORS_MAX):
+                some = names[at : at + DESCRIPTORS_MAX]
+                channel.send(Kept(tuple(some)), [self._kept[name] for name in some])
+            channel.send(KeptAll())
+        except ChannelClosedError:
+            channel.close()
+            return
+        self._channel = channel
+
+    def _spawn(self, channel: Channel[ToTemplate], spawn: Spawn, descriptor: int) -> None:
         pid = os.fork()
         if pid == 0:
             self._become_worker(spawn, descriptor)
         os.close(descriptor)
         self._cores[pid] = spawn.core
-        self._channel.send(Spawned(spawn.core, pid))
+        channel.send(Spawned(spawn.core, pid))
 
     def _become_worker(self, spawn: Spawn, descriptor: int) -> None:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self._channel.close()
+            self._close_all()
             run_worker(spawn.core, spawn.instance, spawn.idle, socket.socket(fileno=descriptor))
             status = 0
         except BaseException:
@@ -90,18 +144,30 @@ class Template:
             sys.stderr.flush()
             os._exit(status)
 
+    def _close_all(self) -> None:
+        """In a new worker: none of this is its own."""
+        self._forget(list(self._kept))
+        self._handover.close()
+        if self._channel is not None:
+            self._channel.close()
+
     def _reap(self) -> None:
         while self._cores:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            self._channel.send(Exited(self._cores.pop(pid), pid, status))
+            core = self._cores.pop(pid)
+            if self._channel is not None:
+                with contextlib.suppress(ChannelClosedError):
+                    self._channel.send(Exited(core, pid, status))
 
 
 def main() -> None:
     """Load, give up privileges, serve."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--handover-fd", type=int, required=True)
+    parser.add_argument("--heir-uid", type=int, required=True)
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
     arguments = parser.parse_args()
@@ -117,7 +183,7 @@ def main() -> None:
     channel: Channel[ToTemplate] = Channel(socket.socket(fileno=arguments.fd), ToTemplate)
     channel.send(TemplateReady())
     try:
-        Template(channel).run(wakeup)
+        Template(channel, socket.socket(fileno=arguments.handover_fd), arguments.heir_uid).run(wakeup)
     except ChannelClosedError:
         return
 

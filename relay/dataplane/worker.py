@@ -1,8 +1,8 @@
 """The worker: one process a core. Runs the compiled loop and, between two passes, obeys the supervisor.
 
 Forked from the template, unprivileged. Owns its io_uring and its memory; is handed packet sockets, egress
-sockets and rule tables. Writes its stats segment and its four log rings. Ends when the supervisor's stream
-does, after it has relayed what the rings still hold.
+sockets and rule tables. Writes its stats segment and its four log rings. Ends when it is told to, after it has
+relayed what the rings still hold. Without a supervisor it goes on relaying, until the next one releases it.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
-from relay.dataplane import loop, memory
+from relay.dataplane import layout, loop, memory
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
 from relay.dataplane.ring import find_cursor
@@ -25,6 +25,7 @@ from relay.descriptors import Channel, ChannelClosedError
 from relay.messages import (
     AddRing,
     CloseSockets,
+    Drain,
     RemoveRing,
     SetSockets,
     SetTable,
@@ -38,6 +39,7 @@ SPIN_NS = 100_000  # twice a wake-up here, while datagrams come that near to eac
 NAP_NS = 50_000  # 2.3 M packets/s a core with it, 1.2 M without; adds at most as much latency
 PR_SET_TIMERSLACK = 29
 SO_ATTACH_FILTER = 26
+NO_DESCRIPTOR = -1  # poll(2) ignores it
 REJECT_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K
 
 
@@ -69,22 +71,37 @@ class Worker:
         self.stats.header["pid"] = os.getpid()
 
     def run(self) -> None:
-        """Relay until the supervisor's stream ends, then until the rings are empty."""
+        """Relay until told to end."""
         self.log.info(f"Data plane worker started on core {self.core}")
         self.channel.send(Started())
         while True:
             reason = loop.run(self.memory.worker, self.table.view)
             if reason == loop.DRAINED:
                 return
+            released = int(self.stats.header["release"])
+            if released == layout.RELEASE_NOW:
+                if self.holds_copies():
+                    continue
+                self.log.info("Released: another worker goes on")
+                return
+            if released == layout.RELEASE_DRAINED:
+                self.close_ingress()
             try:
                 self.obey()
             except ChannelClosedError:
-                self.log.info("Supervisor stream closed, sending shutdown to data plane")
-                self.close_ingress()
+                self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
+                self.memory.worker["control_fd"] = NO_DESCRIPTOR
+
+    def holds_copies(self) -> bool:
+        """Whether frames were fetched that only this process has: one more pass sends them."""
+        rings = self.memory["rings"]
+        return any(ring["active"] and ring["copy_next"] < ring["copy_count"] for ring in rings)
 
     def obey(self) -> None:
         """Carry out the supervisor's messages that wait."""
         self.memory.worker["doorbell_seen"] = self.stats.header["doorbell"]
+        if self.memory.worker["control_fd"] == NO_DESCRIPTOR:
+            return
         while True:
             try:
                 message, descriptors = self.channel.receive()
@@ -101,6 +118,9 @@ class Worker:
                 case CloseSockets():
                     for number in message.numbers:
                         self.set_socket(number, -1)
+                case Drain():
+                    self.log.info("Supervisor stream closed, sending shutdown to data plane")
+                    self.close_ingress()
                 case SetTable():
                     self.table = map_table(descriptors[0])
                     os.close(descriptors[0])

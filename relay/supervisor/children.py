@@ -3,6 +3,7 @@
 Each is a new Python process with one end of a socket pair; it ends when the supervisor's end closes.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -23,13 +24,16 @@ def _start(module: str, arguments: Sequence[str], descriptors: Sequence[int]) ->
     )
 
 
-def start_template(uid: int, gid: int) -> tuple[subprocess.Popen[bytes], Channel[FromTemplate]]:
-    """Start the process that workers are forked from."""
+def start_template(
+    uid: int, gid: int, handover: socket.socket
+) -> tuple[subprocess.Popen[bytes], Channel[FromTemplate]]:
+    """Start the process that workers are forked from, and that the next supervisor meets at `handover`."""
     channel: Channel[FromTemplate]
     channel, far = channel_pair(FromTemplate)
     with far:
-        arguments = ("--fd", str(far.fileno()), "--uid", str(uid), "--gid", str(gid))
-        return _start("relay.dataplane.template", arguments, [far.fileno()]), channel
+        arguments = ["--fd", str(far.fileno()), "--uid", str(uid), "--gid", str(gid)]
+        arguments += ["--handover-fd", str(handover.fileno()), "--heir-uid", str(os.geteuid())]
+        return _start("relay.dataplane.template", arguments, [far.fileno(), handover.fileno()]), channel
 
 
 def start_control_plane(

@@ -21,7 +21,7 @@ from relay.dataplane.counters import StatsSegment
 from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_table, publish
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
-from relay.messages import AddRing, CloseSockets, FromWorker, RemoveRing, SetSockets, SetTable
+from relay.messages import AddRing, CloseSockets, Drain, FromWorker, RemoveRing, SetSockets, SetTable
 from relay.rules import Output, Rule, address_number
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -34,6 +34,17 @@ from relay.supervisor.ingress import (
 )
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Memberships
+from relay.supervisor.orphans import VERSION as INVENTORY_VERSION
+from relay.supervisor.orphans import (
+    Inventory,
+    KeptRing,
+    Orphans,
+    Predecessor,
+    kept_memberships,
+    kept_worker,
+    membership_name,
+    ring_name,
+)
 from relay.supervisor.plan import Plan, PlannedRule, make_plan
 
 
@@ -76,6 +87,7 @@ class Worker:
     running: bool = False
     started_s: float = 0.0
     generation: int = -1
+    predecessor: Predecessor | None = None  # a former supervisor's worker on this core, which still reads the rings
 
     def send(self, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
         """Send to the worker and ring its doorbell. One that is gone is dealt with when its exit is told."""
@@ -93,6 +105,7 @@ class Ring:
     interface: str
     ifindex: int
     fanout_id: int | None = None
+    is_adopted: bool = False  # from a former supervisor: a predecessor may have read some of it
 
 
 @dataclass
@@ -118,6 +131,7 @@ class Fleet:
         fanout: Fanout,
         levels: LevelPolicy,
         exclusive: Exclusive | None = None,
+        orphans: Orphans | None = None,
     ) -> None:
         self.default_interfaces = default_interfaces
         self.plan = Plan()
@@ -128,6 +142,8 @@ class Fleet:
         self._ring_bytes = ring_bytes
         self._fanout = fanout
         self._exclusive = exclusive
+        self._orphans = orphans
+        self.revision = 0  # of what `kept` and `inventory` tell
         self._rings: dict[str, Ring] = {}
         self._ring_numbers = Numbers(layout.RINGS_MAX)
         self._rule_numbers = Numbers(layout.RULES_MAX)
@@ -135,6 +151,9 @@ class Fleet:
         self._socket_numbers = Numbers(layout.OUTPUTS_MAX)
         self._egress: dict[EgressKey, tuple[int, socket.socket]] = {}
         self._memberships = Memberships()
+        if orphans is not None:
+            kept = orphans.inventory
+            self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
         self._retired = Retired()
         self._table = compile_table((), (), 0)
         try:
@@ -148,6 +167,8 @@ class Fleet:
                     logs.shutdown()
                     raise
                 self.workers.append(Worker(core, stats, logs))
+                if orphans is not None:
+                    self.workers[-1].predecessor = orphans.predecessors.get(core)
         except BaseException:
             self.close()
             raise
@@ -175,6 +196,7 @@ class Fleet:
                 self._hand_sockets(worker, dict(opened.values()))
                 self._hand_table(worker)
         warnings += self._memberships.update(plan.listens)
+        self.revision += 1
         return warnings
 
     def waiting(self, rule_ids: Collection[str]) -> list[str]:
@@ -320,9 +342,9 @@ class Fleet:
 
     def _open_rings(self, name: str, ifindex: int) -> None:
         ring = Ring(self._ring_numbers.take(), name, ifindex)
-        sockets: list[socket.socket] = []
+        sockets = self._adopt_ring(ring)
         try:
-            for _ in self.workers:
+            while len(sockets) < len(self.workers):
                 sock, ring.fanout_id = open_ring(name, self._ring_bytes, self._fanout, ring.fanout_id)
                 sockets.append(sock)
         except RelayError:
@@ -333,8 +355,19 @@ class Fleet:
         self._rings[name] = ring
         for worker, sock in zip(self.workers, sockets, strict=True):
             worker.rings[ring.number] = sock
-            if worker.running:
+            if worker.running and worker.predecessor is None:
                 self._hand_ring(worker, ring.number)
+
+    def _adopt_ring(self, ring: Ring) -> list[socket.socket]:
+        """The sockets of a former supervisor's ring on this interface, which go on filling meanwhile; [] without."""
+        for kept in self._orphans.inventory.rings if self._orphans is not None else ():
+            if (kept.interface, kept.ifindex) == (ring.interface, ring.ifindex):
+                assert self._orphans is not None
+                sockets = self._orphans.take_ring(kept)
+                if sockets is not None:
+                    ring.fanout_id, ring.is_adopted = kept.fanout_id, True
+                    return sockets
+        return []
 
     def _set_filters(self, plan: Plan) -> None:
         for name, ring in self._rings.items():
@@ -365,7 +398,43 @@ class Fleet:
                     lost[worker.core, ring.interface] = drops
         return lost
 
+    # --- what outlives this supervisor ------------------------------------------------------------
+
+    def kept(self) -> dict[str, socket.socket]:
+        """The sockets that the next supervisor goes on with, by name."""
+        sockets = {
+            ring_name(number, worker.core): sock for worker in self.workers for number, sock in worker.rings.items()
+        }
+        for memberships in (self._memberships.joined, self._memberships.held):
+            sockets |= {membership_name(sock): sock for sock in memberships.values()}
+        return sockets
+
+    def inventory(self, template_pid: int) -> Inventory:
+        """What the next supervisor must know of them, and of the workers."""
+        return Inventory(
+            version=INVENTORY_VERSION,
+            supervisor=os.getpid(),
+            template=template_pid,
+            ring_bytes=self._ring_bytes,
+            fanout=int(self._fanout),
+            cores=tuple(worker.core for worker in self.workers),
+            workers=tuple(kept_worker(worker.core, worker.pid) for worker in self.workers if worker.pid),
+            former=tuple(kept_worker(w.core, w.predecessor.pid) for w in self.workers if w.predecessor is not None),
+            rings=tuple(
+                KeptRing(ring.number, ring.interface, ring.ifindex, ring.fanout_id)
+                for ring in self._rings.values()
+                if ring.fanout_id is not None
+            ),
+            joined=kept_memberships(self._memberships.joined),
+            held=kept_memberships(self._memberships.held),
+        )
+
     # --- workers ----------------------------------------------------------------------------------
+
+    def worker_spawned(self, worker: Worker, pid: int) -> None:
+        """A worker has a process."""
+        worker.pid = pid
+        self.revision += 1
 
     def worker_started(self, worker: Worker) -> None:
         """Hand a new worker everything that its predecessor had: rings last, as they may hold frames already."""
@@ -373,8 +442,21 @@ class Fleet:
         worker.started_s = time.monotonic()
         self._hand_sockets(worker, dict(self._egress.values()))
         self._hand_table(worker)
-        for number in worker.rings:
-            self._hand_ring(worker, number)
+        if worker.predecessor is None:
+            self._hand_rings(worker)
+        self.revision += 1
+
+    def inherit_rings(self, worker: Worker) -> None:
+        """A predecessor has ended: go on where it left off."""
+        predecessor, worker.predecessor = worker.predecessor, None
+        assert predecessor is not None
+        for ring in self._rings.values():
+            former = predecessor.ring_numbers.get(ring.interface)
+            if ring.is_adopted and former is not None:
+                worker.stats.header["ring_sent"][ring.number] = predecessor.stats.header["ring_sent"][former]
+        if worker.running:
+            self._hand_rings(worker)
+        self.revision += 1
 
     def worker_gone(self, worker: Worker) -> None:
         """Forget a worker's process; its rings stay open."""
@@ -388,8 +470,11 @@ class Fleet:
         """Tell every worker to finish what its rings hold and end."""
         for worker in self.workers:
             if worker.channel is not None:
-                worker.channel.close()
-                worker.stats.header["doorbell"] += 1
+                worker.send(Drain())
+
+    def _hand_rings(self, worker: Worker) -> None:
+        for number in worker.rings:
+            self._hand_ring(worker, number)
 
     def _hand_ring(self, worker: Worker, number: int) -> None:
         message = AddRing(number, FRAME_BYTES, self._ring_bytes // FRAME_BYTES)

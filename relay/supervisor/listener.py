@@ -22,25 +22,31 @@ def _answers(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def listening(path: Path, log: Logger) -> Iterator[socket.socket]:
+def listening(path: Path, log: Logger, adopted: socket.socket | None = None) -> Iterator[socket.socket]:
     """A listening socket at `path`, which is removed at the end.
 
-    What a killed supervisor left there is replaced. Raises PreflightError when it is in use or can't be made.
+    A former supervisor's is `adopted`: clients that wait there are answered. What a killed one left without anybody
+    behind it is replaced. Raises PreflightError when it is in use or can't be made.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_socket() and not _answers(path):
-                path.unlink()
-                log.notice(f"Removed the control socket {path} of a killed supervisor")
-            listener.bind(str(path))
-            path.chmod(SOCKET_MODE)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            raise PreflightError(
-                f"control socket {path}: {error.strerror}: stop the relay that uses it, or give --socket"
-            ) from error
+    with adopted or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        if adopted is None:
+            _bind(listener, path, log)
         try:
             yield listener
         finally:
             path.unlink(missing_ok=True)
+
+
+def _bind(listener: socket.socket, path: Path, log: Logger) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_socket() and not _answers(path):
+            path.unlink()
+            log.notice(f"Removed the control socket {path} of a killed supervisor")
+        listener.bind(str(path))
+        path.chmod(SOCKET_MODE)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise PreflightError(
+            f"control socket {path}: {error.strerror}: stop the relay that uses it, or give --socket"
+        ) from error

@@ -4,13 +4,19 @@ The compiled reader takes half a second to load; a thread does that while the su
 What is written meanwhile waits in the rings.
 """
 
+import contextlib
+import struct
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from logging_shm import Logger, SharedSPSCRingBuffer
 from logging_shm.sinks.selection import SinkError
 from logging_shm.sinks.url import Described
 from relay.supervisor.segments import Stale
+
+if TYPE_CHECKING:
+    from logging_shm import Drain
 
 
 class LogDrain:
@@ -24,7 +30,7 @@ class LogDrain:
         self._rings = rings
         self._stale = stale
         self._wake = threading.Condition()
-        self._reopen = self._stop = False
+        self._reopen = self._stop = self._stale_ended = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
 
     def start(self) -> None:
@@ -35,6 +41,12 @@ class LogDrain:
         """Have the sinks open their files anew."""
         with self._wake:
             self._reopen = True
+            self._wake.notify()
+
+    def stale_ended(self) -> None:
+        """Nobody writes to the stale rings any more: read them out and let go of them."""
+        with self._wake:
+            self._stale_ended = True
             self._wake.notify()
 
     def stop(self) -> None:
@@ -56,15 +68,28 @@ class LogDrain:
         drain = Drain(sinks)
         drain.start()
         drain.add(self._stale.rings)
-        drain.remove(self._stale.rings)
+        if self._stale_ended:
+            self._release_stale(drain)
         drain.add(self._rings)
-        while self._wait():
-            drain.reopen()
+        while self._wait(drain):
+            pass
         drain.stop()
 
-    def _wait(self) -> bool:
-        """Wait until something is asked for: True to reopen, False to stop."""
+    def _wait(self, drain: "Drain") -> bool:
+        """Wait until something is asked for, and do it; False to stop."""
         with self._wake:
-            self._wake.wait_for(lambda: self._stop or self._reopen)
-            self._reopen = False
-            return not self._stop
+            self._wake.wait_for(lambda: self._stop or self._reopen or self._stale_ended)
+            reopen, ended, stop = self._reopen, self._stale_ended, self._stop
+            self._reopen = self._stale_ended = False
+        if reopen:
+            drain.reopen()
+        if ended:
+            self._release_stale(drain)
+        return not stop
+
+    def _release_stale(self, drain: "Drain") -> None:
+        for ring in self._stale.rings:
+            with contextlib.suppress(struct.error):  # cursors or counts that can't be: there is no end to put right
+                ring.segment.finish_dead()
+        drain.remove(self._stale.rings)
+        self._stale.rings = []

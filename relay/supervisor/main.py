@@ -10,12 +10,14 @@ outside: clients talk to the control plane, which is unprivileged.
 """
 
 import contextlib
+import os
 import resource
 import selectors
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -34,6 +36,7 @@ from relay.messages import (
     LogLevel,
     Ready,
     Refused,
+    Restart,
     Restore,
     Workers,
 )
@@ -41,13 +44,19 @@ from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
 from relay.supervisor.exclusive import Exclusive
-from relay.supervisor.fleet import Fleet
+from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
+from relay.supervisor.keeper import Keeper
 from relay.supervisor.link import ControlPlaneLink
 from relay.supervisor.listener import listening
 from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
+from relay.supervisor.orphans import LISTENER, end, take_over
+from relay.supervisor.restart import Restarter
 from relay.supervisor.sampling import Sampler
+from relay.supervisor.state import VERSION as STATE_VERSION
+from relay.supervisor.state import State, state_file
 from relay.supervisor.timers import Timers
 
 TICK_S = 1.0
@@ -78,6 +87,9 @@ class Supervisor:
         self._interfaces = interfaces.snapshot()
         self._stopping = False
         self._failed = False
+        self._restarting = False
+        self._control_socket = config.socket_path(options.socket, options.instance)
+        self._published = (-1, 0)  # revision, template
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -88,8 +100,18 @@ class Supervisor:
                 self._open_logs()
             self._open_sockets()
             self._start()
-            while not self._stopping:
-                self._turn()
+            try:
+                while not self._stopping:
+                    self._turn()
+                if self._restarting:
+                    self._start_anew()
+            except Exception as error:
+                self._log.critical(
+                    f"The supervisor failed, workers go on relaying, the next mcrd takes over: {error!r}"
+                )
+                self._log_drain.stop()
+                self._stack.pop_all()
+                raise
             self._stop()
         return ExitCode.FAILURE if self._failed else ExitCode.OK
 
@@ -97,7 +119,11 @@ class Supervisor:
         """Take hold of the instance's name: its segments, which tell a second relay that this one runs."""
         options, (uid, gid) = self._options, self._owner
         _raise_descriptor_limit()
-        stale = segments.remove_stale(options.instance, uid)
+        fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
+        segments.refuse_living(options.instance, uid)
+        lines = self._find_former(ring_bytes, fanout)
+        former_pids = self._orphans.pids() if self._orphans is not None else set()
+        stale = segments.remove_stale(options.instance, uid, orphans={os.getpid(), *former_pids})
         logging = self._stack.enter_context(SupervisorLogging(options.instance))
         self._log = logging.logger(Facility.Supervisor)
         name = segment_name(Facility.ControlPlane, instance=options.instance)
@@ -107,41 +133,83 @@ class Supervisor:
         self._stack.enter_context(control_plane)
         control_plane.segment.limit(0, *CONTROL_PLANE_LINES)
         self._levels = LevelPolicy(levels.parse_level(options.log_level))
-        fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
-        exclusive = Exclusive(options.instance) if options.exclusive else None
-        if exclusive is not None:
-            self._stack.callback(exclusive.close)
+        self._exclusive = Exclusive(options.instance) if options.exclusive else None
+        if self._exclusive is not None:
+            self._stack.callback(self._exclusive.close)
         self._fleet = Fleet(
-            self._cores, options.instance, self._owner, options.interfaces, ring_bytes, fanout, self._levels, exclusive
+            self._cores,
+            options.instance,
+            self._owner,
+            options.interfaces,
+            ring_bytes,
+            fanout,
+            self._levels,
+            self._exclusive,
+            self._orphans,
         )
         self._stack.callback(self._fleet.close)
         self._log_rings = [logging.rings[Facility.Supervisor], control_plane]
         self._levels.apply(self._log_rings)
         self._log_rings += [ring for worker in self._fleet.workers for ring in worker.logs.rings.values()]
         self._log_drain = LogDrain(config.sinks(options), self._log_rings, stale, self._log)
+        if self._orphans is None:
+            self._log_drain.stale_ended()
         self._log_drain.start()
         self._stack.callback(self._log_drain.stop)
         self._log.info("Starting MCR supervisor")
         if stale.names:
             rescued = stale.unread
             self._log.notice(f"Removed {len(stale.names)} segments of a killed supervisor, {rescued} records rescued")
+        for line in lines:
+            self._log.notice(line)
+        self._restarter = Restarter(self._timers)
+
+    def _find_former(self, ring_bytes: int, fanout: Fanout) -> list[str]:
+        """Take over what a killed supervisor left, running or written down; return lines about it."""
+        options = self._options
+        with contextlib.suppress(OSError):  # said by whoever needs it
+            self._control_socket.parent.mkdir(parents=True, exist_ok=True)
+        self._state = state_file(Path(options.state) if options.state else None, self._control_socket)
+        lines = self._state.prepare()
+        state, damage = self._state.load()
+        self._orphans, orphaned = take_over(
+            self._control_socket, options.instance, self._cores, ring_bytes, int(fanout)
+        )
+        if self._orphans is not None:
+            self._stack.callback(self._orphans.abandon)
+        if state is not None:
+            self._rules = {rule.rule_id: rule for rule in state.rules}
+            self._configured_ids = state.configured
+            lines.append(f"{len(state.rules)} rules of {self._state.path} go on")
+        return [*lines, *damage, *orphaned]
 
     def _open_sockets(self) -> None:
         """Open the control socket, what wakes the loop, and the rings, which fill from now on."""
-        path = config.socket_path(self._options.socket, self._options.instance)
-        listener = self._stack.enter_context(listening(path, self._log))
+        path, orphans = self._control_socket, self._orphans
+        adopted = orphans.take_listener(path) if orphans is not None else None
+        self._listener = self._stack.enter_context(listening(path, self._log, adopted))
+        self._keeper = Keeper(path)
+        self._stack.callback(self._keeper.close)
+        if not self._options.state:
+            self._stack.callback(self._state.remove)
         self._monitor = self._stack.enter_context(contextlib.closing(interfaces.InterfaceMonitor()))
         self._selector.register(self._monitor, selectors.EVENT_READ, self._on_interfaces)
         self._wakeup = self._stack.enter_context(_signal_socket())
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_signals)
-        self._fleet.begin((), self._interfaces, strict=True)
+        rules = tuple(self._rules.values())
+        self._log_warnings(self._fleet.begin(rules, self._interfaces, strict=not rules))
         for refusal in self._fleet.finish():
             raise PreflightError(f"{refusal}: start without --exclusive")
         self._changes = Changes(self._fleet)
         self._sampler = Sampler(self._fleet)
         loop, options = (self._log, self._selector, self._timers), self._options
-        self._link = ControlPlaneLink(*loop, listener, self._owner, options.instance, self._greeting, self._obey)
-        self._nursery = Nursery(self._fleet, *loop, self._owner, options.instance, options.idle)
+        self._link = ControlPlaneLink(*loop, self._listener, self._owner, options.instance, self._greeting, self._obey)
+        self._handover: Handover | None = None
+        if orphans is not None:
+            self._handover = Handover(orphans, self._fleet, *loop, self._on_handed_over)
+        self._nursery = Nursery(
+            self._fleet, *loop, self._owner, options.instance, options.idle, self._keeper, self._on_worker_started
+        )
 
     def _start(self) -> None:
         self._link.start()
@@ -161,13 +229,48 @@ class Supervisor:
         self._nursery.watch(self._give_up)
         self._timers.run_due()
         self._changes.settle()
+        self._publish()
+
+    def _publish(self) -> None:
+        """Have the next supervisor find what this one has open, whenever that has changed."""
+        revision = (self._fleet.revision, self._nursery.template_pid)
+        if revision == self._published:
+            return
+        sockets = {LISTENER: self._listener, **self._fleet.kept()}
+        try:
+            self._keeper.publish(sockets, self._fleet.inventory(self._nursery.template_pid))
+        except RelayError as error:
+            self._log.error(str(error))
+        if self._keeper.is_complete(sockets):
+            self._published = revision
+
+    def _on_worker_started(self, worker: Worker) -> None:
+        if self._handover is not None:
+            self._handover.begin(worker)
+
+    def _on_handed_over(self) -> None:
+        """The former workers are gone: so are their rings' writers."""
+        self._handover = self._orphans = None
+        self._log_drain.stale_ended()
 
     def _give_up(self) -> None:
         """End: a process that this relay needs can't be started."""
         self._failed = self._stopping = True
 
+    def _start_anew(self) -> None:
+        """Become the program that is installed now. Workers relay meanwhile, clients wait at the control socket."""
+        self._log.notice("Starting anew: workers go on relaying")
+        self._link.stop()
+        self._log_drain.stop()
+        if self._exclusive is not None:
+            self._exclusive.close()
+        self._restarter.execute()
+
     def _stop(self) -> None:
         """End the workers when their rings are empty, then the control plane; nobody outlives this."""
+        if self._orphans is not None:
+            end(self._orphans.predecessors.values())
+            self._orphans.close()
         self._nursery.stop(time.monotonic() + STOP_S_MAX)
         self._link.stop()
         self._report()
@@ -263,6 +366,18 @@ class Supervisor:
                 self._link.tell(Workers(request.request_id, self._sampler.workers()))
             case LogLevel():
                 self._on_log_level(request)
+            case Restart():
+                self._on_restart(request)
+
+    def _on_restart(self, request: Restart) -> None:
+        def agree() -> None:
+            self._link.tell(Done(request.request_id))
+            self._stopping = self._restarting = True
+
+        if self._handover is not None:
+            self._link.tell(Refused(request.request_id, "the last restart is not over: former workers still run"))
+            return
+        self._restarter.begin(agree, lambda error: self._link.tell(Refused(request.request_id, error)))
 
     def _on_log_level(self, request: LogLevel) -> None:
         try:
@@ -296,6 +411,10 @@ class Supervisor:
             if request.configured is not None:
                 self._configured_ids = request.configured
             self._log_rules(former)
+            try:
+                self._state.save(State(STATE_VERSION, tuple(self._rules.values()), self._configured_ids))
+            except RelayError as error:
+                warnings.append(str(error))
             self._log_warnings(warnings)
             self._link.tell(Done(request.request_id, tuple(warnings)))
 

@@ -9,7 +9,7 @@ Source: man 7 ip, linux/in.h.
 import errno
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -56,6 +56,22 @@ class Memberships:
         self._joiners: list[socket.socket] = []
         self._joined: dict[Listen, socket.socket] = {}
         self._held: dict[Listen, socket.socket] = {}
+
+    def adopt(self, joined: Mapping[Listen, socket.socket], held: Mapping[Listen, socket.socket]) -> None:
+        """Go on with the sockets of a former supervisor, before anything else: no membership lapses."""
+        self._joined = dict(joined)
+        self._joiners = list({id(joiner): joiner for joiner in joined.values()}.values())
+        self._held = dict(held)
+
+    @property
+    def joined(self) -> Mapping[Listen, socket.socket]:
+        """What is joined, and with which socket."""
+        return self._joined
+
+    @property
+    def held(self) -> Mapping[Listen, socket.socket]:
+        """The unicast inputs that are held, and with which socket."""
+        return self._held
 
     def update(self, wanted: Collection[Listen]) -> list[str]:
         """Join what is new, then leave what is no longer wanted; return warnings, one a refusal."""

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from logging_shm import Logger
 from relay.descriptors import Channel, ChannelClosedError, channel_pair
-from relay.messages import Exited, FromTemplate, FromWorker, Spawn, Spawned, Started, TableInUse, TemplateReady
+from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, Started, TableInUse, TemplateReady
 from relay.supervisor.children import describe_status, start_template
 from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.keeper import Keeper
 from relay.supervisor.timers import Timers
 
 RESTART_DELAY_S = 0.5  # for a worker that ended within this time of its start
@@ -33,6 +34,8 @@ class Nursery:
         owner: tuple[int, int],
         instance: str | None,
         idle: str,
+        keeper: Keeper,
+        on_started: Callable[[Worker], None],
     ) -> None:
         self._fleet = fleet
         self._log = log
@@ -41,6 +44,8 @@ class Nursery:
         self._owner = owner
         self._instance = instance
         self._idle = idle
+        self._keeper = keeper
+        self._on_started = on_started
         self._template: subprocess.Popen[bytes] | None = None
         self._channel: Channel[FromTemplate] | None = None
         self._template_ready = False
@@ -49,7 +54,8 @@ class Nursery:
     def start(self) -> None:
         """Start the template; workers follow when it is ready and `open` was called."""
         self._template_ready = False
-        self._template, self._channel = start_template(*self._owner)
+        self._template, self._channel = start_template(*self._owner, self._keeper.listener)
+        self._keeper.attach(self._channel)
         self._selector.register(self._channel, selectors.EVENT_READ, self._on_template)
 
     def open(self) -> None:
@@ -81,9 +87,16 @@ class Nursery:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if self._channel is not None:
+            with contextlib.suppress(ChannelClosedError):
+                self._channel.send(Leave())
             self._channel.close()
         if self._template is not None:
             self._template.wait()
+
+    @property
+    def template_pid(self) -> int:
+        """The template's process, 0 without one."""
+        return self._template.pid if self._template is not None else 0
 
     def _await_exits(self, channel: Channel[FromTemplate], deadline_s: float) -> set[int]:
         """The pids of workers that ended; waits for one at most until the deadline."""
@@ -108,7 +121,7 @@ class Nursery:
                         self._template_ready = True
                         self._spawn_all()
                     case Spawned():
-                        self._worker_of(message.core).pid = message.pid
+                        self._fleet.worker_spawned(self._worker_of(message.core), message.pid)
                     case Exited():
                         self._on_exit(message)
         except BlockingIOError:
@@ -118,6 +131,7 @@ class Nursery:
                 self._selector.unregister(self._channel)
                 self._channel.close()
                 self._channel = None
+                self._keeper.attach(None)
 
     def _worker_of(self, core: int) -> Worker:
         return next(worker for worker in self._fleet.workers if worker.core == core)
@@ -149,6 +163,7 @@ class Nursery:
                 match message:
                     case Started():
                         self._fleet.worker_started(worker)
+                        self._on_started(worker)
                     case TableInUse():
                         worker.generation = message.generation
         except BlockingIOError:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import posix_ipc
@@ -66,10 +66,14 @@ def _stats_owner(name: str, uid: int) -> int | None:
     return next(iter(used_by(name)), None)
 
 
-def _owner(name: str, uid: int) -> int | None:
-    """The pid of the living process that owns a segment, None when there is none. Raises PreflightError."""
+def _owner(name: str, uid: int, orphans: Collection[int] = ()) -> int | None:
+    """The pid of the living process that owns a segment, None when there is none, or one of `orphans`.
+
+    Raises PreflightError.
+    """
     try:
-        return _stats_owner(name, uid) if name.endswith(STATS) else owner_of(name, uid)
+        pid = _stats_owner(name, uid) if name.endswith(STATS) else owner_of(name, uid)
+        return None if pid in orphans else pid
     except SegmentError as error:
         if identity_of(name) is None:  # `mcrlog clean` was faster
             return None
@@ -78,10 +82,26 @@ def _owner(name: str, uid: int) -> int | None:
         ) from error
 
 
-def remove_stale(instance: str | None, uid: int = -1, patience_s: float = ORPHANS_END_S) -> Stale:
+def refuse_living(instance: str | None, uid: int = -1) -> None:
+    """Raises PreflightError that names the process when a supervisor of this instance lives.
+
+    This process may be the one, before it became another program.
+    """
+    name = segment_name(Facility.Supervisor, instance=instance)
+    if identity_of(name) is not None and (pid := _owner(name, uid, {os.getpid()})) is not None:
+        raise PreflightError(_in_use(pid, name))
+
+
+def _in_use(pid: int, name: str) -> str:
+    return f"process {pid} uses /dev/shm/{name}: stop it, or choose another --instance"
+
+
+def remove_stale(
+    instance: str | None, uid: int = -1, patience_s: float = ORPHANS_END_S, orphans: Collection[int] = ()
+) -> Stale:
     """Remove the segments that a killed supervisor of this instance left, whose workers ran as `uid`.
 
-    Workers get `patience_s` to end by themselves.
+    Workers that are taken over, `orphans`, write theirs to their end; others get `patience_s` to end by themselves.
 
     Raises PreflightError that names the process when one still uses them, or the file when it is none of a relay's.
     """
@@ -91,15 +111,16 @@ def remove_stale(instance: str | None, uid: int = -1, patience_s: float = ORPHAN
     judged: dict[str, int | None] = {}
     for name in found:
         judged[name] = identity_of(name)
-        while (pid := _owner(name, uid)) is not None:
+        while (pid := _owner(name, uid, orphans)) is not None:
             if name == supervisor or time.monotonic() > deadline_s:
-                raise PreflightError(f"process {pid} uses /dev/shm/{name}: stop it, or choose another --instance")
+                raise PreflightError(_in_use(pid, name))
             time.sleep(ORPHANS_POLL_S)
     stale = Stale()
     for name in found:
         with contextlib.suppress(SegmentError):
             ring = SharedSPSCRingBuffer.attach(name, {0, os.geteuid(), uid})
-            ring.segment.finish_dead()
+            if not ring.segment.writer_is_running():
+                ring.segment.finish_dead()
             stale.rings.append(ring)
             stale.unread += ring.unread()
         if identity_of(name) not in (judged[name], None):

@@ -1,0 +1,87 @@
+"""The keeper: what must outlive this supervisor - descriptors at the template, and the inventory in a file.
+
+Owned by the supervisor's thread. Whenever something changed, `publish` sends the template what is new and writes the
+inventory. A supervisor that is killed, or that starts anew for an upgrade, leaves rings, memberships and the control
+socket open there, and the workers relaying; the next one takes them over (orphans.py).
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
+from relay.errors import PreflightError
+from relay.messages import Forget, Keep
+from relay.supervisor.orphans import Inventory, handover_path, inventory_file
+
+SOCKET_UMASK = 0o177
+BACKLOG = 1
+
+
+class Keeper:
+    """The hand-over socket, the inventory's file, and what the template holds."""
+
+    def __init__(self, control_socket: Path) -> None:
+        """Bind the hand-over socket. Raises PreflightError."""
+        self._path = handover_path(control_socket)
+        self._file = inventory_file(control_socket)
+        self._sent: dict[str, socket.socket] = {}
+        self._inventory: Inventory | None = None
+        self._channel: Channel[Any] | None = None
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        former_umask = os.umask(SOCKET_UMASK)
+        try:
+            self._path.unlink(missing_ok=True)
+            self.listener.bind(str(self._path))
+            self.listener.listen(BACKLOG)
+        except OSError as error:
+            self.listener.close()
+            raise PreflightError(
+                f"hand-over socket {self._path}: {error.strerror}: give --socket another place"
+            ) from error
+        finally:
+            os.umask(former_umask)
+
+    def attach(self, channel: Channel[Any] | None) -> None:
+        """Go over to a new template, which holds nothing yet."""
+        self._channel = channel
+        self._sent = {}
+
+    def publish(self, sockets: Mapping[str, socket.socket], inventory: Inventory) -> None:
+        """Have exactly `sockets` kept, and `inventory` written. Raises RelayError when the file can't be written.
+
+        What a busy template does not take now is sent with the next call.
+        """
+        if self._channel is not None:
+            with contextlib.suppress(BlockingIOError, ChannelClosedError):
+                self._synchronize(self._channel, sockets)
+        if inventory != self._inventory:
+            self._file.save(inventory)
+            self._inventory = inventory
+
+    def is_complete(self, sockets: Mapping[str, socket.socket]) -> bool:
+        """Whether the template holds exactly these."""
+        return self._sent.keys() == sockets.keys() and all(self._sent[name] is sockets[name] for name in sockets)
+
+    def _synchronize(self, channel: Channel[Any], sockets: Mapping[str, socket.socket]) -> None:
+        gone = [name for name, sock in self._sent.items() if sockets.get(name) is not sock]
+        for at in range(0, len(gone), DESCRIPTORS_MAX):
+            some = gone[at : at + DESCRIPTORS_MAX]
+            channel.send(Forget(tuple(some)))
+            for name in some:
+                del self._sent[name]
+        new = [name for name in sockets if name not in self._sent]
+        for at in range(0, len(new), DESCRIPTORS_MAX):
+            some = new[at : at + DESCRIPTORS_MAX]
+            channel.send(Keep(tuple(some)), [sockets[name].fileno() for name in some])
+            self._sent |= {name: sockets[name] for name in some}
+
+    def close(self) -> None:
+        """At a clean stop: nothing is left for anybody."""
+        self.listener.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            self._file.remove()
