@@ -1,0 +1,131 @@
+"""Every fault again and again, at random, under traffic: nothing is lost, reordered or altered, nothing stays behind.
+
+`make soak ARGS="--minutes 60"` runs it for long. The order of faults follows from MCR_SOAK_SEED, which is printed.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.system.conftest import StartRelay
+from tests.system.harness import BIN, Relay, receiving, send, wait_until
+from tools.netns import Line
+
+SECONDS = float(os.environ.get("MCR_SOAK_SECONDS", "15"))
+SEED = int(os.environ.get("MCR_SOAK_SEED", "1"))
+PPS = 50_000
+IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
+PASS_DATAGRAMS_MAX = 4096  # what a killed worker may have sent without having written it down
+
+
+class Faults:
+    """What can happen to a relay; each waits until the relay has got over it."""
+
+    def __init__(self, relay: Relay, folder: Path) -> None:
+        self.relay = relay
+        self.folder = folder
+        self.number = 0
+        self.workers_killed = 0
+
+    def _child(self, module: str) -> psutil.Process:
+        children = psutil.Process(self.relay.pid).children()
+        return next(process for process in children if module in process.cmdline())
+
+    def _pid(self) -> int:
+        return int(self.relay.ask("list-workers")[0]["pid"])
+
+    def _wait_for_another(self, former: int) -> None:
+        def is_another() -> bool:
+            result = self.relay.control("list-workers")
+            return result.returncode == 0 and self._pid() not in (0, former)
+
+        wait_until(is_another, "another worker runs")
+
+    def kill_worker(self) -> None:
+        """As by the kernel's OOM killer."""
+        pid = self._pid()
+        self.workers_killed += 1
+        os.kill(pid, signal.SIGKILL)
+        self._wait_for_another(pid)
+
+    def kill_control_plane(self) -> None:
+        """Clients come back."""
+        self._child("relay.controlplane").kill()
+        wait_until(lambda: self.relay.control("ping").returncode == 0, "control plane answers")
+
+    def kill_template(self) -> None:
+        """Workers don't notice."""
+        former = self._child("relay.dataplane.template")
+        former.kill()
+        wait_until(lambda: self._child("relay.dataplane.template").pid != former.pid, "another template")
+
+    def kill_supervisor(self) -> None:
+        """The next one takes over."""
+        former = self._pid()
+        relay = self.relay
+        relay.process.kill()
+        relay.process.wait()
+        command = [str(BIN / "mcrd"), "--socket", str(relay.socket), "--instance", relay.instance]
+        with relay.log.open("a") as out:
+            relay.process = relay.host.popen([*command, "--interface", "left"], stdout=out, stderr=subprocess.STDOUT)
+        self._wait_for_another(former)
+
+    def restart(self) -> None:
+        """As after an upgrade."""
+        assert self.relay.control("restart", "--graceful").returncode == 0
+
+    def change_rules(self) -> None:
+        """Another rule comes, one changes, one goes."""
+        self.number += 1
+        self.relay.add(f"other{self.number}", "239.1.3.3:5001", f"239.2.3.{1 + self.number % 250}:6001:right")
+        self.relay.add("kept", IN, OUT, f"239.2.4.{1 + self.number % 250}:6001:right", options=("--replace",))
+        self.relay.ask("remove-rule", f"other{self.number}")
+
+    def trace(self) -> None:
+        """A record for each packet, for a moment."""
+        for level in ("debug", "info"):
+            self.relay.ask("log-level", "set", level)
+
+    def all(self) -> list[Callable[[], None]]:
+        """Every fault."""
+        return [
+            self.kill_worker, self.kill_control_plane, self.kill_template, self.kill_supervisor, self.restart,
+            self.change_rules, self.trace,
+        ]  # fmt: skip
+
+
+@pytest.mark.timeout(SECONDS + 240)
+def test_faults_at_random_lose_nothing(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    gen, host, sink = line.hosts
+    relay = start_relay(host, ("left",), 1)
+    relay.add("kept", IN, OUT)
+    faults, chance = Faults(relay, tmp_path), random.Random(SEED)
+    count = int(SECONDS * PPS)
+    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "3") as summary:
+        to = ("--interface", "right", "--rate", str(PPS), "--count", str(count))
+        sending = threading.Thread(target=send, args=(gen, *to))
+        sending.start()
+        end_s = time.monotonic() + SECONDS
+        happened: list[str] = []
+        while time.monotonic() < end_s:
+            fault = chance.choice(faults.all())
+            happened.append(fault.__name__)
+            fault()
+        sending.join()
+        found = summary()
+    print(f"seed {SEED}: {', '.join(happened)}")
+    assert {key: found[key] for key in ("lost", "reordered", "corrupt", "foreign")} == dict.fromkeys(
+        ("lost", "reordered", "corrupt", "foreign"), 0
+    )
+    assert found["datagrams"] - found["duplicated"] == count
+    assert found["duplicated"] <= faults.workers_killed * PASS_DATAGRAMS_MAX
+    assert len(happened) > 3
+    relay.stop()
