@@ -25,10 +25,12 @@ from relay.messages import AddRing, CloseSockets, Drain, FromWorker, RemoveRing,
 from relay.rules import Output, Rule, address_number
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
+from relay.supervisor.health import Lives, Pulse
 from relay.supervisor.ingress import (
     FRAME_BYTES,
     Fanout,
     attach_filter,
+    count_filled,
     open_ring,
     take_ring_drops,
 )
@@ -87,7 +89,14 @@ class Worker:
     running: bool = False
     started_s: float = 0.0
     generation: int = -1
+    pulse: Pulse = field(default_factory=Pulse)
+    lives: Lives = field(default_factory=Lives)
+    is_excluded: bool = False  # has no rings: others get its share of the traffic
     predecessor: Predecessor | None = None  # a former supervisor's worker on this core, which still reads the rings
+
+    def sign_of_life(self) -> tuple[int, int]:
+        """What changes as long as the worker's loop goes round: by the clock, and by what it sends."""
+        return int(self.stats.header["heartbeat_ns"]), int(self.stats.header["sends"])
 
     def send(self, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
         """Send to the worker and ring its doorbell. One that is gone is dealt with when its exit is told."""
@@ -330,7 +339,8 @@ class Fleet:
             for worker in self.workers:
                 if worker.running:
                     worker.send(RemoveRing(ring.number))
-                worker.rings.pop(ring.number).close()
+                if not worker.is_excluded:
+                    worker.rings.pop(ring.number).close()
                 worker.stats.header["ring_sent"][ring.number] = 0
             self._retired.rings.append(ring.number)
         for name, ifindex in plan.rings.items():
@@ -343,8 +353,9 @@ class Fleet:
     def _open_rings(self, name: str, ifindex: int) -> None:
         ring = Ring(self._ring_numbers.take(), name, ifindex)
         sockets = self._adopt_ring(ring)
+        readers = [worker for worker in self.workers if not worker.is_excluded]
         try:
-            while len(sockets) < len(self.workers):
+            while len(sockets) < len(readers):
                 sock, ring.fanout_id = open_ring(name, self._ring_bytes, self._fanout, ring.fanout_id)
                 sockets.append(sock)
         except RelayError:
@@ -353,7 +364,7 @@ class Fleet:
                 sock.close()
             raise
         self._rings[name] = ring
-        for worker, sock in zip(self.workers, sockets, strict=True):
+        for worker, sock in zip(readers, sockets, strict=True):
             worker.rings[ring.number] = sock
             if worker.running and worker.predecessor is None:
                 self._hand_ring(worker, ring.number)
@@ -373,7 +384,8 @@ class Fleet:
         for name, ring in self._rings.items():
             program = bpf.assemble(plan.admitted[name])
             for worker in self.workers:
-                attach_filter(worker.rings[ring.number], program)
+                if not worker.is_excluded:
+                    attach_filter(worker.rings[ring.number], program)
 
     def _keep_from_host(self, plan: Plan) -> list[str]:
         """Let the host's own stack have what is not relayed, and only that, if the relay is exclusive."""
@@ -387,11 +399,45 @@ class Fleet:
             return [str(error)]
         return []
 
+    # --- a worker that keeps dying ----------------------------------------------------------------
+
+    def exclude(self, worker: Worker) -> int | None:
+        """Give a worker's share of the traffic to the others; return the frames lost by it, None without others."""
+        if all(other.is_excluded for other in self.workers if other is not worker):
+            return None
+        worker.is_excluded = True
+        lost = 0
+        for number, sock in worker.rings.items():
+            lost += count_filled(sock, self._ring_bytes)
+            sock.close()  # which takes it out of the fanout group
+            worker.stats.header["ring_sent"][number] = 0
+        worker.rings.clear()
+        worker.stats.header["ring_full"] += lost
+        self.revision += 1
+        return lost
+
+    def readmit(self, worker: Worker) -> None:
+        """Give a worker its share again. Raises RelayError when a ring can't be opened; it stays excluded then."""
+        opened: dict[int, socket.socket] = {}
+        try:
+            for ring in self._rings.values():
+                opened[ring.number], _ = open_ring(ring.interface, self._ring_bytes, self._fanout, ring.fanout_id)
+                attach_filter(opened[ring.number], bpf.assemble(self.plan.admitted[ring.interface]))
+        except (RelayError, OSError) as error:
+            for sock in opened.values():
+                sock.close()
+            raise RelayError(f"worker of core {worker.core} gets no traffic: {error}") from error
+        worker.is_excluded = False
+        worker.rings = opened
+        if worker.running:
+            self._hand_rings(worker)
+        self.revision += 1
+
     def count_ring_drops(self) -> dict[tuple[int, str], int]:
         """Count what the kernel dropped since the last call; return it by core and interface."""
         lost = {}
         for worker in self.workers:
-            for ring in self._rings.values():
+            for ring in () if worker.is_excluded else self._rings.values():
                 drops = take_ring_drops(worker.rings[ring.number])
                 if drops:
                     worker.stats.header["ring_full"] += drops

@@ -6,12 +6,16 @@ Source: man 7 packet, Documentation/networking/packet_mmap.rst, linux/if_packet.
 """
 
 import ctypes
+import mmap
 import socket
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
+import numpy as np
+
 from relay import bpf
+from relay.dataplane.layout import TP_STATUS_USER
 from relay.errors import PreflightError, RelayError
 
 SOL_PACKET = 263
@@ -78,6 +82,15 @@ def open_ring(interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | No
         ring.close()
         raise RelayError(f"packet ring on {interface}: {error.strerror}") from error
     return ring, struct.unpack("@I", value)[0] & 0xFFFF
+
+
+def count_filled(ring: socket.socket, ring_bytes: int) -> int:
+    """The frames in a ring that nobody has read. Raises OSError."""
+    with mmap.mmap(ring.fileno(), ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        statuses = np.frombuffer(mapped, np.uint32)[:: FRAME_BYTES // 4]
+        filled = int(np.count_nonzero(statuses & TP_STATUS_USER))
+        del statuses
+    return filled
 
 
 def take_ring_drops(ring: socket.socket) -> int:

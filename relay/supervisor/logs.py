@@ -7,7 +7,7 @@ What is written meanwhile waits in the rings.
 import contextlib
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from logging_shm import Logger, SharedSPSCRingBuffer
@@ -93,3 +93,13 @@ class LogDrain:
                 ring.segment.finish_dead()
         drain.remove(self._stale.rings)
         self._stale.rings = []
+
+
+def last_words(rings: Iterable[SharedSPSCRingBuffer]) -> str | None:
+    """The last record that a process wrote, of all its rings, whether it was read already or not."""
+    from logging_shm import Reader
+
+    reader = Reader(consume=False)
+    reader.add(rings, 1)
+    batch = reader.read(everything=True)
+    return reader.entry(batch, len(batch.records) - 1).message if len(batch.records) else None

@@ -1,6 +1,7 @@
 """The nursery: the template process and the workers forked from it - starting, watching, replacing, ending them.
 
-Owned by the supervisor's thread. A worker that ends unexpectedly is logged and replaced; its rings go on filling.
+Owned by the supervisor's thread. A worker that ends unexpectedly is logged and replaced; its rings go on filling. One
+that hangs is killed, and so replaced. One that keeps dying is started ever more seldom, and others get its traffic.
 """
 
 import contextlib
@@ -13,13 +14,16 @@ from collections.abc import Callable
 
 from logging_shm import Logger
 from relay.descriptors import Channel, ChannelClosedError, channel_pair
+from relay.errors import RelayError
 from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, Started, TableInUse, TemplateReady
 from relay.supervisor.children import describe_status, start_template
 from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.health import PROBATION_S, PULSE_INTERVAL_S
 from relay.supervisor.keeper import Keeper
+from relay.supervisor.logs import last_words
 from relay.supervisor.timers import Timers
 
-RESTART_DELAY_S = 0.5  # for a worker that ended within this time of its start
+START_S_MAX = 10.0  # until a forked worker says that it runs
 
 
 class Nursery:
@@ -60,6 +64,8 @@ class Nursery:
 
     def open(self) -> None:
         """Let workers be spawned from now on."""
+        if not self._open:
+            self._timers.after(PULSE_INTERVAL_S, self._take_pulses)
         self._open = True
         self._spawn_all()
 
@@ -154,6 +160,7 @@ class Nursery:
                 return
         worker.channel = channel
         worker.started_s = time.monotonic()
+        worker.pulse.begin(worker.started_s)
         self._selector.register(channel, selectors.EVENT_READ, lambda: self._on_worker(worker, channel))
 
     def _on_worker(self, worker: Worker, channel: Channel[FromWorker]) -> None:
@@ -183,8 +190,49 @@ class Nursery:
         lived_s = time.monotonic() - worker.started_s
         self._fleet.worker_gone(worker)
         how = describe_status(os.waitstatus_to_exitcode(exited.status))
-        self._log.error(f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {how}")
-        self._timers.after(0 if lived_s > RESTART_DELAY_S else RESTART_DELAY_S, lambda: self._respawn(worker))
+        words = last_words(worker.logs.rings.values())
+        last = f"it last logged: {words}" if words else "it had logged nothing"
+        self._log.critical(
+            f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {how}; {last}", core=exited.core
+        )
+        delay_s = worker.lives.died(lived_s)
+        if worker.lives.is_hopeless and not worker.is_excluded:
+            self._exclude(worker)
+        self._timers.after(delay_s, lambda: self._respawn(worker))
+
+    def _exclude(self, worker: Worker) -> None:
+        """Say that a worker keeps dying, and give its share of the traffic to others."""
+        lost = self._fleet.exclude(worker)
+        whose = f"The worker of core {worker.core} has died {worker.lives.young_deaths} times at once"
+        if lost is None:
+            self._log.alert(f"{whose}: there is no other, its traffic is lost when its ring is full", core=worker.core)
+        else:
+            self._log.alert(f"{whose}: others get its traffic, {lost} frames in its rings are lost", core=worker.core)
+
+    def _take_pulses(self) -> None:
+        """Kill workers that hang, and take back those that have recovered."""
+        self._timers.after(PULSE_INTERVAL_S, self._take_pulses)
+        now_s = time.monotonic()
+        for worker in self._fleet.workers:
+            if not worker.pid:
+                continue
+            alive_s = now_s - worker.started_s
+            if worker.running and worker.is_excluded and alive_s >= PROBATION_S:
+                self._readmit(worker)
+            hangs = worker.pulse.hangs(worker.sign_of_life(), now_s) if worker.running else alive_s > START_S_MAX
+            if hangs:
+                self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+
+    def _readmit(self, worker: Worker) -> None:
+        worker.started_s = time.monotonic()
+        try:
+            self._fleet.readmit(worker)
+        except RelayError as error:
+            self._log.error(str(error), core=worker.core)
+            return
+        self._log.notice(f"The worker of core {worker.core} has recovered and gets its traffic again", core=worker.core)
 
     def _respawn(self, worker: Worker) -> None:
         self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tools.environment import CHECKOUT
 from tools.netns import Host
 
@@ -21,6 +23,8 @@ PYTHON = sys.executable
 BIN = Path(sys.executable).parent
 DEADLINE_S = 60.0
 POLL_S = 0.02
+SERVES = "Control plane worker started"
+TOOK_OVER = "Took over from supervisor"
 STOP_S = 15.0  # a stop takes under 2 s; the machine may be busy
 
 
@@ -44,17 +48,32 @@ class Relay:
         self.instance = f"test{os.getpid()}-{Relay.serial}"
         self.log = folder / f"{self.instance}.log"
         self.socket = folder / f"{self.instance}.sock"
-        command = [str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance]
-        command += [word for interface in interfaces for word in ("--interface", interface)]
-        command += ["--num-workers", str(workers), *options]
-        with self.log.open("w") as out:
-            self.process = host.popen(command, stdout=out, stderr=subprocess.STDOUT)
+        self.options = [word for interface in interfaces for word in ("--interface", interface)]
+        self.options += ["--num-workers", str(workers), *options]
+        self.log.touch()
+        self.process = self.launch(self.options)
         try:
             for core in self.cores(workers):
                 self.wait_for_log(f"Data plane worker started on core {core}")
         except BaseException:
             self.kill()
             raise
+
+    def launch(self, options: Sequence[str]) -> "subprocess.Popen[str]":
+        """Start an mcrd of this name and these options; what it says goes to the log."""
+        command = [str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance, *options]
+        with self.log.open("a") as out:
+            return self.host.popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+    def start_again(self, options: Sequence[str] | None = None) -> None:
+        """Start the next supervisor, with the same options or others; returns when it serves and no former worker runs."""
+        served = self.text().count(SERVES)
+        taken = self.text().count(TOOK_OVER)
+        self.process = self.launch(self.options if options is None else options)
+        wait_until(lambda: self.text().count(SERVES) > served or self.process.poll() is not None, "the next one serves")
+        assert self.process.poll() is None, self.text()
+        if "rules that it left" in self.text():
+            wait_until(lambda: self.text().count(TOOK_OVER) > taken or "were ended" in self.text(), "it took over")
 
     @staticmethod
     def cores(workers: int) -> list[int]:
@@ -118,6 +137,14 @@ class Relay:
                 assert rule["packets_matched"] == output["packets"] + sum(output["drops"].values()), rule["rule_id"]
         return stats
 
+    def kill_family(self) -> None:
+        """End the supervisor and all its children by SIGKILL, as a power cut would."""
+        family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        self.process.wait()
+        psutil.wait_procs(family, timeout=STOP_S)
+
     def stop(self) -> str:
         """Stop as Ctrl-C does; nothing may be left. Returns the log."""
         self.process.send_signal(signal.SIGINT)
@@ -128,8 +155,8 @@ class Relay:
     def leftovers(self) -> list[str]:
         """What of this relay still exists."""
         segments = [str(path) for path in Path("/dev/shm").glob(f"mcr_{self.instance}_*")]
-        sockets = [str(self.socket)] if self.socket.exists() else []
-        return segments + sockets
+        files = [self.socket, *(self.socket.with_suffix(suffix) for suffix in (".handover", ".inventory", ".state"))]
+        return segments + [str(file) for file in files if file.exists()]
 
     def kill(self) -> None:
         """End it whatever its state, for teardown."""

@@ -104,7 +104,7 @@ def test_a_killed_worker_is_replaced_and_nothing_waiting_is_lost(
         os.kill(worker["pid"], signal.SIGKILL)
         assert_perfect(summary(), 3000)
     relay.wait_for_log(
-        f"[Error] [Supervisor] Worker process exited unexpectedly: core {worker['core']}, "
+        f"[Critical] [Supervisor] Worker process exited unexpectedly: core {worker['core']}, "
         f"pid {worker['pid']}, signal SIGKILL"
     )
     assert relay.assert_accounted()["packets_relayed"] == 3000
@@ -153,10 +153,7 @@ def test_a_killed_helper_is_replaced_and_rules_stay(line: Line, start_relay: Sta
 def test_after_a_kill_the_next_start_cleans_up_and_says_so(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     host = line.hosts[1]
     first = start_relay(host)
-    family = psutil.Process(first.pid).children(recursive=True)
-    first.process.kill()
-    first.process.wait()
-    psutil.wait_procs(family, timeout=10)
+    first.kill_family()
     assert first.leftovers() != []
     log = tmp_path / "second.log"
     command = [str(BIN / "mcrd"), "--interface", "left", "--instance", first.instance, "--socket", str(first.socket)]

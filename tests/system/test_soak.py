@@ -6,7 +6,6 @@
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import psutil
 import pytest
 
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, Relay, receiving, send, wait_until
+from tests.system.harness import Relay, receiving, send, wait_until
 from tools.netns import Line
 
 SECONDS = float(os.environ.get("MCR_SOAK_SECONDS", "15"))
@@ -73,9 +72,7 @@ class Faults:
         relay = self.relay
         relay.process.kill()
         relay.process.wait()
-        command = [str(BIN / "mcrd"), "--socket", str(relay.socket), "--instance", relay.instance]
-        with relay.log.open("a") as out:
-            relay.process = relay.host.popen([*command, "--interface", "left"], stdout=out, stderr=subprocess.STDOUT)
+        relay.process = relay.launch(relay.options)
         self._wait_for_another(former)
 
     def restart(self) -> None:
