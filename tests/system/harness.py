@@ -66,7 +66,7 @@ class Relay:
             return self.host.popen(command, stdout=out, stderr=subprocess.STDOUT)
 
     def start_again(self, options: Sequence[str] | None = None) -> None:
-        """Start the next supervisor, with the same options or others; returns when it serves and no former worker runs."""
+        """Start the next supervisor, with these options or the same; it serves then, and no former worker runs."""
         served = self.text().count(SERVES)
         taken = self.text().count(TOOK_OVER)
         self.process = self.launch(self.options if options is None else options)

@@ -3,6 +3,7 @@
 gen ──left── relay ──right── sink
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -42,11 +43,20 @@ def start_again(start_relay: StartRelay, former: Relay) -> Relay:
     return relay
 
 
+LAST_WORDS = "The supervisor is gone: relaying goes on under the rules that it left"
+
+
 def kill_supervisor(relay: Relay) -> None:
-    """Kill -9, then wait for the others, which end by themselves."""
+    """Kill -9, wait until the others have said that they know, then end those that go on."""
     family = psutil.Process(relay.pid).children(recursive=True)
+    (control_plane,) = [process for process in family if "relay.controlplane" in process.cmdline()]
     relay.process.kill()
     relay.process.wait()
+    psutil.wait_procs([control_plane], timeout=10)
+    wait_until(lambda: any(LAST_WORDS in line for line in records(relay.instance)), "the worker's last words")
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert alive == [], gone
 
@@ -106,13 +116,11 @@ def test_the_next_supervisor_rescues_what_a_killed_ones_workers_wrote_to_the_end
     relay.wait_for_log(f"[Notice] [Supervisor] Removed 7 segments of a killed supervisor, {unread} records rescued")
     log = relay.stop()
     for last_words in (
-        "[Info] [DataPlane] Supervisor stream closed, sending shutdown to data plane",
+        f"[Warning] [DataPlane] {LAST_WORDS}",
         "[Info] [ControlPlane] Supervisor stream closed",
     ):
         assert last_words not in former.text()
-        first, second = (index for index, text in enumerate(log.splitlines()) if text == last_words)
-        assert first < log.splitlines().index("[Info] [Supervisor] Shutting down...")
-        assert first < second
+        assert log.splitlines().index(last_words) < log.splitlines().index("[Info] [Supervisor] Shutting down...")
 
 
 def test_a_follower_goes_on_over_a_stop_and_a_start(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:

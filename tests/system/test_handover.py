@@ -1,0 +1,349 @@
+"""Workers outlive their supervisor, and the next one takes them over, under traffic.
+
+gen ──left── relay ──right── sink        10.1.0.0/24, 10.2.0.0/24
+"""
+
+import contextlib
+import itertools
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.system.conftest import StartRelay
+from tests.system.harness import BIN, PYTHON, Relay, assert_perfect, receiving, send, wait_until
+from tools.netns import Host, Line
+
+PPS = 50_000
+COUNT = 150_000
+IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
+MANY = 1000
+
+
+@contextlib.contextmanager
+def relayed_whole(line: Line, folder: Path, *options: str, count: int = COUNT) -> Iterator[None]:
+    """Traffic while the block runs, and until all of it is sent: it arrives whole, in order, once."""
+    gen, _, sink = line.hosts
+    with receiving(sink, folder, "--interface", "left", "--idle-timeout", "3") as summary:
+        to = ("--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
+        sending = threading.Thread(target=send, args=(gen, *to))
+        sending.start()
+        try:
+            yield
+        finally:
+            sending.join()
+        assert_perfect(summary(), count)
+
+
+def workers(relay: Relay) -> set[int]:
+    return {worker["pid"] for worker in relay.ask("list-workers")}
+
+
+def packets_relayed(relay: Relay) -> int:
+    return int(relay.stats()["packets_relayed"])
+
+
+def kill_supervisor(relay: Relay) -> None:
+    relay.process.kill()
+    relay.process.wait()
+    wait_until(lambda: not relay_answers(relay), "the control plane has ended")
+
+
+def relay_answers(relay: Relay) -> bool:
+    """Whether a control plane of this relay is alive."""
+    names = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return any("relay.controlplane" in name and relay.instance in name for name in names)
+
+
+def says_again(relay: Relay, text: str, before: int) -> bool:
+    return relay.text().count(text) > before
+
+
+def joined(host: Host, group: str) -> bool:
+    number = socket.inet_aton(group)[::-1].hex().upper()
+    return number in str(host.run(["cat", "/proc/net/igmp"], capture_output=True).stdout)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_killed_supervisor_is_taken_over_without_loss(
+    line: Line, start_relay: StartRelay, tmp_path: Path, count: int
+) -> None:
+    host = line.hosts[1]
+    relay = start_relay(host, ("left",), count)
+    relay.add("r", IN, OUT)
+    relay.add("other", "239.1.1.7:5001", "239.2.2.7:6001:right")
+    with relayed_whole(line, tmp_path, "--flows", "16"):
+        for _ in range(2):
+            wait_until(lambda: packets_relayed(relay) > 1000, "traffic flows")
+            former = workers(relay)
+            kill_supervisor(relay)
+            assert joined(host, "239.1.1.1")
+            assert all(psutil.pid_exists(pid) for pid in former)
+            relay.start_again()
+            assert not any(psutil.pid_exists(pid) for pid in former)
+            assert not former & workers(relay)
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r", "other"]
+    assert f"{count} workers replaced" in relay.text()
+    relay.assert_accounted()
+    relay.stop()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_graceful_restart_loses_nothing(line: Line, start_relay: StartRelay, tmp_path: Path, count: int) -> None:
+    relay = start_relay(line.hosts[1], ("left",), count, "--exclusive")
+    relay.add("r", IN, OUT)
+    with relayed_whole(line, tmp_path, "--flows", "16"):
+        for _ in range(2):
+            former = workers(relay)
+            result = relay.control("restart", "--graceful")
+            assert (result.returncode, result.stdout) == (0, f"restarted: {count} workers replaced\n")
+            assert relay.process.poll() is None
+            assert not former & workers(relay)
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    relay.assert_accounted()
+    children = psutil.Process(relay.pid).children()
+    assert all(child.status() != psutil.STATUS_ZOMBIE for child in children)
+    relay.stop()
+
+
+def test_a_restart_of_many_rules_keeps_them_all(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    relay = start_relay(line.hosts[1])
+    rules = [(f"r{i}", f"239.1.{i // 250}.{i % 250 + 1}:5001", f"239.2.2.2:{6001 + i % 5}:right") for i in range(MANY)]
+    relay.add_many(tmp_path, rules)
+    with relayed_whole(line, tmp_path, "--group", "239.1.0.1"):
+        assert relay.control("restart").returncode == 0
+    assert len(relay.ask("list-rules")) == MANY
+    relay.stop()
+
+
+def test_super_frames_survive_a_restart(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    with relayed_whole(line, tmp_path, "--burst", "40"):
+        assert relay.control("restart").returncode == 0
+    relay.stop()
+
+
+def test_a_program_that_can_not_start_is_not_restarted_into(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    config = tmp_path / "relay.toml"
+    config.write_text("stats_interval_s = 5\n")
+    relay = start_relay(line.hosts[1], ("left",), 1, "--config", str(config))
+    relay.add("r", IN, OUT)
+    former = workers(relay)
+    config.write_text("nonsense = 5\n")
+    with relayed_whole(line, tmp_path):
+        result = relay.control("restart")
+        assert result.returncode == 1
+        assert "not restarted, the relay goes on as it is" in result.stderr
+        assert "nonsense" in result.stderr
+    assert workers(relay) == former
+    relay.stop()
+
+
+def test_a_client_waits_for_the_next_supervisor(line: Line, start_relay: StartRelay) -> None:
+    relay = start_relay(line.hosts[1])
+    kill_supervisor(relay)
+    command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "ping"]
+    with line.hosts[1].popen(command, stdout=-1) as client:
+        relay.start_again()
+        assert client.wait(30) == 0
+    relay.stop()
+
+
+def test_unicast_inputs_are_held_all_the_time(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", "10.1.0.2:5001", OUT)
+    with relayed_whole(line, tmp_path, "--group", "10.1.0.2"):
+        kill_supervisor(relay)
+        relay.start_again()
+    snmp = line.hosts[1].run(["cat", "/proc/net/snmp"], capture_output=True).stdout
+    names, values = (text.split() for text in snmp.splitlines() if text.startswith("Udp:"))
+    assert dict(zip(names, values, strict=True))["NoPorts"] == "0"
+    relay.stop()
+
+
+@pytest.mark.parametrize("options", [("--ring-mib", "8"), ("--num-workers", "2")])
+def test_other_options_end_the_former_workers(line: Line, start_relay: StartRelay, options: tuple[str, ...]) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    former = workers(relay)
+    kill_supervisor(relay)
+    relay.start_again(["--interface", "left", *options])
+    relay.wait_for_log("have other cores or rings and were ended")
+    assert not any(psutil.pid_exists(pid) for pid in former)
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    relay.stop()
+
+
+def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay: StartRelay) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    former = workers(relay)
+    (template,) = [p for p in psutil.Process(relay.pid).children() if "relay.dataplane.template" in p.cmdline()]
+    relay.process.send_signal(signal.SIGSTOP)  # so that it starts no other template
+    template.kill()
+    kill_supervisor(relay)
+    relay.start_again()
+    relay.wait_for_log("had no template left and were ended")
+    assert not any(psutil.pid_exists(pid) for pid in former)
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    relay.stop()
+
+
+def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    relay.kill_family()
+    relay.start_again()
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    with relayed_whole(line, tmp_path, count=1000):
+        pass
+    relay.stop()
+
+
+def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    seen = workers(relay)
+    for text in ("segments of a killed supervisor", "Spawning Data Plane worker", "Data plane worker started"):
+        kill_supervisor(relay)
+        before = relay.text().count(text)
+        relay.process = relay.launch(relay.options)
+        wait_until(partial(says_again, relay, text, before), text)
+        seen |= {child.pid for child in psutil.Process(relay.pid).children(recursive=True)}
+    kill_supervisor(relay)
+    relay.process = relay.launch(relay.options)
+    wait_until(lambda: relay.control("ping").returncode == 0, "the last one serves")
+    wait_until(lambda: relay.ask("list-workers")[0]["state"] == "running", "its worker runs")
+    family = {child.pid for child in psutil.Process(relay.pid).children(recursive=True)}
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in seen - family), "nothing of the former is left")
+    with relayed_whole(line, tmp_path, count=1000):
+        pass
+    relay.stop()
+
+
+def test_of_two_that_would_take_over_one_does(line: Line, start_relay: StartRelay) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    kill_supervisor(relay)
+    served = relay.text().count("Control plane worker started")
+    both = [relay.launch(relay.options), relay.launch(relay.options)]
+    wait_until(lambda: any(process.poll() is not None for process in both), "one is refused")
+    wait_until(lambda: relay.text().count("Control plane worker started") > served, "the other serves")
+    (relay.process,) = [process for process in both if process.poll() is None]
+    wait_until(lambda: relay.control("ping").returncode == 0, "it answers")
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    relay.stop()
+
+
+def test_descriptors_are_for_the_supervisors_user_alone(line: Line, start_relay: StartRelay) -> None:
+    relay = start_relay(line.hosts[1])
+    kill_supervisor(relay)
+    handover = relay.socket.with_suffix(".handover")
+    handover.chmod(0o666)  # even then
+    code = (
+        "import os, socket, sys; os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534);"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1]); print(len(s.recv(100)))"
+    )
+    for folder in itertools.takewhile(lambda path: path != Path("/"), handover.parents):
+        folder.chmod(folder.stat().st_mode | 0o011) if folder.owner() == "root" else None
+    result = line.hosts[1].run([PYTHON, "-c", code, str(handover)], capture_output=True)
+    assert result.stdout == "0\n", result.stderr
+    relay.start_again()
+    relay.stop()
+
+
+def rule_ids(path: Path) -> list[str]:
+    return [rule["rule_id"] for rule in json.loads(path.read_text())["rules"]]
+
+
+def test_a_state_file_keeps_rules_over_a_stop(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    state, config = tmp_path / "rules.state", tmp_path / "relay.toml"
+    rules = (
+        '[[rules]]\nrule_id = "{}"\ninput_group = "239.1.9.9"\ninput_port = 5001\noutputs = ["239.2.9.9:6001:right"]\n'
+    )
+    config.write_text(rules.format("configured"))
+    relay = start_relay(line.hosts[1], ("left",), 1, "--state", str(state), "--config", str(config))
+    relay.add("r", IN, OUT)
+    relay.stop()
+    assert state.stat().st_mode & 0o777 == 0o600
+    assert rule_ids(state) == ["configured", "r"]
+    config.write_text(rules.format("another"))
+    relay.start_again()
+    wait_until(lambda: {r["rule_id"] for r in relay.ask("list-rules")} == {"another", "r"}, "both rules")
+    relay.stop()
+
+
+def test_a_damaged_or_half_written_state_is_said_and_stops_nothing(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    state = tmp_path / "rules.state"
+    state.write_text('{"version": 1, "rules": [')
+    (tmp_path / "rules.state.unfinished").write_text('{"ver')
+    relay = start_relay(line.hosts[1], ("left",), 1, "--state", str(state))
+    assert f"Removed the half-written {state}.unfinished" in relay.text()
+    assert f"State file {state} is damaged and was set aside as {state}.damaged" in relay.text()
+    relay.add("r", IN, OUT)
+    relay.stop()
+    assert rule_ids(state) == ["r"]
+
+
+def test_a_state_file_that_can_not_be_written_is_refused(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    relay = start_relay(line.hosts[1])
+    relay.stop()
+    command = [str(BIN / "mcrd"), *relay.options, "--instance", relay.instance, "--state", str(tmp_path / "no" / "x")]
+    result = line.hosts[1].run(command, capture_output=True)
+    assert result.returncode == 1
+    assert "No such file or directory: give --state a file in an existing directory" in result.stderr
+    assert relay.leftovers() == []
+
+
+def test_a_state_file_is_never_half_written(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    state = tmp_path / "rules.state"
+    relay = start_relay(line.hosts[1], ("left",), 1, "--state", str(state))
+    for turn in range(4):
+        stop = threading.Event()
+        adding = threading.Thread(target=add_until, args=(relay, turn, stop))
+        adding.start()
+        wait_until(partial(has_rule, state, f"t{turn}-5"), "some rules")
+        relay.process.kill()
+        relay.process.wait()
+        stop.set()
+        adding.join()
+        known = rule_ids(state)
+        relay.start_again()
+        assert [rule["rule_id"] for rule in relay.ask("list-rules")] == known
+    relay.stop()
+
+
+def has_rule(state: Path, rule_id: str) -> bool:
+    return state.exists() and rule_id in rule_ids(state)
+
+
+def add_until(relay: Relay, turn: int, stop: threading.Event) -> None:
+    with contextlib.suppress(OSError, AssertionError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(relay.socket))
+        stream = client.makefile("rwb")
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            output = {"group": "239.2.2.2", "port": 6001, "interface": "right"}
+            rule: dict[str, object] = {
+                "rule_id": f"t{turn}-{number}",
+                "input_group": f"239.1.{turn}.{number % 250 + 1}",
+            }
+            rule |= {"input_port": 5000 + number // 250, "outputs": [output]}
+            stream.write(json.dumps({"type": "add-rules", "rules": [rule]}).encode() + b"\n")
+            stream.flush()
+            if not stream.readline():
+                return
