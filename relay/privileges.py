@@ -1,23 +1,48 @@
-"""Giving up privileges: what the control plane and the workers do before they meet anything from outside."""
+"""Giving up privileges: what each process does before it meets anything from outside, and what it keeps."""
 
 import os
 import pwd
+import resource
+from collections.abc import Collection
 
+from relay.confinement import capabilities
+from relay.confinement.capabilities import prctl
 from relay.errors import PreflightError
+
+PR_SET_DUMPABLE = 4
+PR_SET_NO_NEW_PRIVS = 38
 
 
 def drop_to(uid: int, gid: int) -> None:
-    """Become `uid`:`gid` for good, with no supplementary group. A no-op for a process without privileges.
+    """Become `uid`:`gid` for good, with no capability, no supplementary group and no way to gain any of them.
 
-    Raises PreflightError when the kernel left a way back.
+    A process that never had privileges keeps its user. Raises PreflightError when the kernel left a way back.
     """
-    if os.geteuid() != 0:
-        return
-    os.setgroups([])
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
-    if uid != 0 and 0 in os.getresuid():
-        raise PreflightError(f"could not give up root for uid {uid}")
+    if os.geteuid() == 0:
+        capabilities.bound_to(())
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        if uid != 0 and 0 in os.getresuid():
+            raise PreflightError(f"could not give up root for uid {uid}")
+    capabilities.keep_only(())
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_DUMPABLE, 0)  # no core file, and no ptrace by the same user
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def forbid_children() -> None:
+    """No process or thread from now on, where the user is not root."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+
+def keep_for_supervising(kept: Collection[int] = capabilities.SUPERVISOR) -> None:
+    """In the supervisor, once it has started: only what sockets and children need later. Raises OSError.
+
+    It may have a little more again when it starts anew, which is another program of root's.
+    """
+    capabilities.bound_to(capabilities.AT_START)
+    capabilities.keep_only(kept)
 
 
 def resolve_user(user: str | None, group: str | None) -> tuple[int, int]:

@@ -338,10 +338,8 @@ def add_until(relay: Relay, turn: int, stop: threading.Event) -> None:
             if stop.is_set():
                 return
             output = {"group": "239.2.2.2", "port": 6001, "interface": "right"}
-            rule: dict[str, object] = {
-                "rule_id": f"t{turn}-{number}",
-                "input_group": f"239.1.{turn}.{number % 250 + 1}",
-            }
+            rule: dict[str, object] = {"rule_id": f"t{turn}-{number}"}
+            rule |= {"input_group": f"239.1.{turn}.{number % 250 + 1}"}
             rule |= {"input_port": 5000 + number // 250, "outputs": [output]}
             stream.write(json.dumps({"type": "add-rules", "rules": [rule]}).encode() + b"\n")
             stream.flush()

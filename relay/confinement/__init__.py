@@ -1,0 +1,1 @@
+"""What the less privileged processes are confined to: capabilities, system calls, files."""
