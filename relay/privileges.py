@@ -39,8 +39,11 @@ def forbid_children() -> None:
 def keep_for_supervising(kept: Collection[int] = capabilities.SUPERVISOR) -> None:
     """In the supervisor, once it has started: only what sockets and children need later. Raises OSError.
 
-    It may have a little more again when it starts anew, which is another program of root's.
+    It may have a little more again when it starts anew, which is another program of root's. Another user's supervisor
+    keeps what it was granted, which it could not have again.
     """
+    if os.geteuid() != 0:
+        return
     capabilities.bound_to(capabilities.AT_START)
     capabilities.keep_only(kept)
 

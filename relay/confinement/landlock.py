@@ -63,10 +63,20 @@ def abi() -> int:
         raise
 
 
-def restrict(readable_and_writable: Collection[Path] = (), may_signal: bool = False) -> bool:
-    """Restrict this process and its children for good; False where the kernel can't. Needs PR_SET_NO_NEW_PRIVS.
+def _allow(ruleset: int, path: Path, access: int) -> None:
+    directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = ctypes.byref(PathBeneathAttr(access, directory))
+        kind = ctypes.c_int(LANDLOCK_RULE_PATH_BENEATH)
+        _call(SYS_LANDLOCK_ADD_RULE, ctypes.c_int(ruleset), kind, rule, ctypes.c_uint32(0))
+    finally:
+        os.close(directory)
 
-    Raises OSError.
+
+def restrict(readable: Collection[Path] = (), writable: Collection[Path] = ()) -> bool:
+    """Restrict this process and its children for good to files beneath these directories, which exist already.
+
+    `writable` ones are readable, too. False where the kernel can't. Needs PR_SET_NO_NEW_PRIVS. Raises OSError.
     """
     version = abi()
     if version == 0:
@@ -74,25 +84,15 @@ def restrict(readable_and_writable: Collection[Path] = (), may_signal: bool = Fa
     attr = RulesetAttr(
         handled_access_fs=(1 << FS_RIGHTS.get(version, max(FS_RIGHTS.values()))) - 1,
         handled_access_net=LANDLOCK_ACCESS_NET if version >= 4 else 0,
-        scoped=(LANDLOCK_SCOPE & (0b01 if may_signal else 0b11)) if version >= 6 else 0,
+        scoped=LANDLOCK_SCOPE if version >= 6 else 0,
     )
     ruleset = _call(
         SYS_LANDLOCK_CREATE_RULESET, ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)), ctypes.c_uint32(0)
     )
     try:
-        for path in readable_and_writable:
-            directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            try:
-                rule = PathBeneathAttr(LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE, directory)
-                _call(
-                    SYS_LANDLOCK_ADD_RULE,
-                    ctypes.c_int(ruleset),
-                    ctypes.c_int(LANDLOCK_RULE_PATH_BENEATH),
-                    ctypes.byref(rule),
-                    ctypes.c_uint32(0),
-                )
-            finally:
-                os.close(directory)
+        for path in (*readable, *writable):
+            access = LANDLOCK_ACCESS_FS_READ_FILE | (LANDLOCK_ACCESS_FS_WRITE_FILE if path in writable else 0)
+            _allow(ruleset, path, access)
         _call(SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
     finally:
         os.close(ruleset)

@@ -1,8 +1,8 @@
 """Seccomp: a process may make the system calls of a list, and no others.
 
-A filter is classic BPF over struct seccomp_data. Calls of the list pass; those that Python makes when it reports an
-error (it looks for source text) are refused with EACCES; any other call kills the process with SIGSYS, which the
-supervisor logs. Memory can't be made executable: compiled code is there already.
+A filter is classic BPF over struct seccomp_data. Calls of the list pass, some with certain arguments only; those that
+Python makes when it reports an error (it looks for source text) are refused with EACCES; any other call kills the
+process with SIGSYS, which the supervisor logs. Memory can't be made executable: compiled code is there already.
 Source: man 2 seccomp, linux/seccomp.h, linux/audit.h; numbers from asm/unistd_64.h and asm-generic/unistd.h.
 """
 
@@ -25,6 +25,11 @@ ARGUMENTS_OFFSET = 16
 X32_SYSCALL_BIT = 0x4000_0000
 PROT_EXEC = 4
 PROTECTION = 2  # the argument of mmap and mprotect
+REQUEST = 1  # of ioctl
+DOMAIN = 0  # of socket
+AF_NETLINK = 16
+FIONBIO = 0x5421
+SIOCGIFNAME = 0x8910
 
 LD_WORD_ABS = 0x20  # linux/bpf_common.h
 JEQ_K = 0x15
@@ -43,7 +48,8 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
             "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
             "rt_sigreturn": 15, "ioctl": 16, "writev": 20, "access": 21, "select": 23, "sched_yield": 24, "mremap": 25,
             "madvise": 28, "getpid": 39, "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47,
-            "shutdown": 48, "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55,
+            "shutdown": 48, "bind": 49, "listen": 50, "socket": 41,
+            "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55,
             "clone": 56, "fork": 57, "vfork": 58, "exit": 60, "wait4": 61, "fcntl": 72, "readlink": 89,
             "sigaltstack": 131, "prctl": 157, "gettid": 186, "getuid": 102, "geteuid": 107, "getdents64": 217,
             "restart_syscall": 219, "futex": 202, "sched_setaffinity": 203, "sched_getaffinity": 204,
@@ -62,6 +68,7 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
             "munmap": 215, "brk": 214, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139, "ioctl": 29,
             "writev": 66, "faccessat": 48, "sched_yield": 124, "mremap": 216, "madvise": 233, "getpid": 172,
             "accept": 202, "sendto": 206, "recvfrom": 207, "sendmsg": 211, "recvmsg": 212, "shutdown": 210,
+            "bind": 200, "listen": 201, "socket": 198,
             "getsockname": 204, "getpeername": 205, "socketpair": 199, "setsockopt": 208, "getsockopt": 209,
             "clone": 220, "exit": 93, "wait4": 260, "fcntl": 25, "sigaltstack": 132, "prctl": 167, "gettid": 178,
             "getuid": 174, "geteuid": 175, "getdents64": 61, "restart_syscall": 128, "futex": 98,
@@ -81,24 +88,28 @@ BASIC = frozenset(
         "read", "write", "writev", "close", "fstat", "lseek", "munmap", "mremap", "brk", "madvise", "futex",
         "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "sched_yield",
         "clock_gettime", "clock_getres", "clock_nanosleep", "getpid", "gettid", "getrandom", "fcntl", "poll", "ppoll",
-        "exit", "exit_group",
+        "exit", "exit_group", "newfstatat",
     }
 )  # fmt: skip
 WITHOUT_EXECUTION = ("mmap", "mprotect")
+# Allowed with one of these values as the argument of that number.
+BY_ARGUMENT = {"ioctl": (REQUEST, (FIONBIO, SIOCGIFNAME))}
+NETLINK_ONLY = {"socket": (DOMAIN, (AF_NETLINK,))}
 REFUSED = frozenset(
-    {"open", "openat", "stat", "lstat", "newfstatat", "statx", "access", "faccessat", "readlink", "readlinkat", "ioctl"}
+    {"open", "openat", "stat", "lstat", "statx", "access", "faccessat", "readlink", "readlinkat", "ioctl", "socket"}
 )
 
 CONTROL_PLANE = BASIC | {
     "recvfrom", "recvmsg", "sendto", "sendmsg", "accept", "accept4", "shutdown", "getsockname", "getpeername",
-    "getsockopt", "setsockopt", "epoll_wait", "epoll_pwait", "epoll_ctl", "socketpair", "getuid", "geteuid",
+    "getsockopt", "setsockopt", "epoll_wait", "epoll_pwait", "epoll_ctl", "epoll_create1",
+    "socketpair", "getuid", "geteuid", "bind", "listen", "socket", "prlimit64",
 }  # fmt: skip
 WORKER = BASIC | {"io_uring_enter", "recvmmsg", "recvmsg", "sendmsg", "sendto", "getsockopt", "setsockopt"}
 # Forks workers, which have all their set-up before them: segments, an io_uring, a core, and the tighter filter.
 TEMPLATE = WORKER | {
     "clone", "clone3", "fork", "vfork", "wait4", "set_robust_list", "rseq", "select", "pselect6", "accept", "accept4",
     "sched_setaffinity", "sched_getaffinity", "prctl", "prlimit64", "seccomp", "socketpair", "getuid", "geteuid",
-    "open", "openat", "stat", "lstat", "newfstatat", "statx", "access", "faccessat", "readlink", "readlinkat",
+    "open", "openat", "stat", "lstat", "statx", "access", "faccessat", "readlink", "readlinkat",
     "getdents64", "io_uring_setup", "io_uring_register", "landlock_create_ruleset", "landlock_add_rule",
     "landlock_restrict_self", "getsockname", "getpeername",
 }  # fmt: skip
@@ -117,9 +128,18 @@ def assemble(allowed: Collection[str], machine: str) -> list[Instruction]:
         (JGE_K, 0, 1, X32_SYSCALL_BIT),
         kill,
     ]
-    for name in sorted(allowed, key=lambda name: numbers.get(name, -1)):
+    restricted = BY_ARGUMENT | {name: rule for name, rule in NETLINK_ONLY.items() if name in allowed}
+    for name in sorted(set(allowed) - set(restricted), key=lambda name: numbers.get(name, -1)):
         if name in numbers:
             program += [(JEQ_K, 0, 1, numbers[name]), allow]
+    for name, (argument, values) in restricted.items():
+        values_checked = [step for value in values for step in ((JEQ_K, 0, 1, value), allow)]
+        program += [
+            (JEQ_K, 0, 2 + len(values_checked), numbers[name]),
+            (LD_WORD_ABS, 0, 0, ARGUMENTS_OFFSET + 8 * argument),
+            *values_checked,
+            refuse,
+        ]
     for name in WITHOUT_EXECUTION:
         program += [
             (JEQ_K, 0, 4, numbers[name]),
@@ -128,7 +148,7 @@ def assemble(allowed: Collection[str], machine: str) -> list[Instruction]:
             kill,
             allow,
         ]
-    for name in sorted(REFUSED - set(allowed)):
+    for name in sorted(REFUSED - set(allowed) - set(restricted)):
         if name in numbers:
             program += [(JEQ_K, 0, 1, numbers[name]), refuse]
     return [*program, kill]

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from relay.confinement.roles import confine_template
 from relay.dataplane import layout, loop, memory
 from relay.dataplane.ring import find_cursor
 from relay.dataplane.syscalls import load_liburing
@@ -175,6 +176,7 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     load_compiled_code()
     drop_to(arguments.uid, arguments.gid)
+    confine_template()
     gc.freeze()
     wakeup, signalled = socket.socketpair()
     signalled.setblocking(False)

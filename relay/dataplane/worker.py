@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
+from relay.confinement.roles import confine_worker
 from relay.dataplane import layout, loop, memory
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
@@ -181,6 +182,7 @@ def main(core: int, instance: str | None, idle: str, end: socket.socket) -> None
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end.setblocking(False)
     worker = Worker(core, instance, idle, Channel(end, ToWorker))
+    confine_worker()
     try:
         worker.run()
     finally:

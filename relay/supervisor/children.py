@@ -51,4 +51,8 @@ def start_control_plane(
 
 def describe_status(code: int) -> str:
     """How a process ended, from an exit code that is negative for a signal (os.waitstatus_to_exitcode)."""
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if code >= 0:
+        return f"exit status {code}"
+    if -code == signal.SIGSYS:
+        return "signal SIGSYS: a system call that it is not allowed"
+    return f"signal {signal.Signals(-code).name}"

@@ -40,6 +40,7 @@ from relay.messages import (
     Restore,
     Workers,
 )
+from relay.privileges import keep_for_supervising
 from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
@@ -100,6 +101,7 @@ class Supervisor:
                 self._open_logs()
             self._open_sockets()
             self._start()
+            keep_for_supervising()
             try:
                 while not self._stopping:
                     self._turn()
