@@ -243,6 +243,10 @@ class KeptAll(msgspec.Struct, tag=True):
     """Template → the next supervisor: that was all."""
 
 
+class Outlive(msgspec.Struct, tag=True):
+    """Supervisor → worker: the next supervisor could take over now, so go on when this one is gone."""
+
+
 class Drain(msgspec.Struct, tag=True):
     """Supervisor → worker: let nothing more in, relay what the rings hold, end."""
 
@@ -250,5 +254,5 @@ class Drain(msgspec.Struct, tag=True):
 ToTemplate = Spawn | Keep | Forget | Leave
 FromTemplate = Spawned | Exited | TemplateReady
 FromOrphans = Kept | KeptAll | Exited
-ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Drain
+ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Outlive | Drain
 FromWorker = Started | TableInUse

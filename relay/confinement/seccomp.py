@@ -104,7 +104,10 @@ CONTROL_PLANE = BASIC | {
     "getsockopt", "setsockopt", "epoll_wait", "epoll_pwait", "epoll_ctl", "epoll_create1",
     "socketpair", "getuid", "geteuid", "bind", "listen", "socket", "prlimit64",
 }  # fmt: skip
-WORKER = BASIC | {"io_uring_enter", "recvmmsg", "recvmsg", "sendmsg", "sendto", "getsockopt", "setsockopt"}
+WORKER = BASIC | {
+    "io_uring_enter", "recvmmsg", "recvmsg", "recvfrom", "sendmsg", "sendto", "getsockopt", "setsockopt", "getsockname",
+    "getpeername",
+}  # fmt: skip
 # Forks workers, which have all their set-up before them: segments, an io_uring, a core, and the tighter filter.
 TEMPLATE = WORKER | {
     "clone", "clone3", "fork", "vfork", "wait4", "set_robust_list", "rseq", "select", "pselect6", "accept", "accept4",

@@ -85,7 +85,7 @@ class Template:
         except ChannelClosedError:
             self._channel.close()
             self._channel = None
-            return True
+            return bool(self._kept)  # with nothing for an heir, there is no reason to stay
         match message:
             case Spawn():
                 self._spawn(self._channel, message, descriptors[0])
@@ -183,8 +183,8 @@ def main() -> None:
     signal.set_wakeup_fd(signalled.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     channel: Channel[ToTemplate] = Channel(socket.socket(fileno=arguments.fd), ToTemplate)
-    channel.send(TemplateReady())
     try:
+        channel.send(TemplateReady())
         Template(channel, socket.socket(fileno=arguments.handover_fd), arguments.heir_uid).run(wakeup)
     except ChannelClosedError:
         return

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,18 @@ from relay.errors import PreflightError
 
 SOCKET_MODE = 0o666  # who may do what is decided by SO_PEERCRED
 BACKLOG = 128
+END_S_MAX = 1.0
+POLL_S = 0.02
+
+
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens there. What a killed supervisor left behind may take a moment to end."""
+    deadline_s = time.monotonic() + END_S_MAX
+    while _answers(path):
+        if time.monotonic() > deadline_s:
+            return True
+        time.sleep(POLL_S)
+    return False
 
 
 def _answers(path: Path) -> bool:
@@ -40,7 +53,7 @@ def listening(path: Path, log: Logger, adopted: socket.socket | None = None) -> 
 def _bind(listener: socket.socket, path: Path, log: Logger) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_socket() and not _answers(path):
+        if path.is_socket() and not _is_served(path):
             path.unlink()
             log.notice(f"Removed the control socket {path} of a killed supervisor")
         listener.bind(str(path))

@@ -234,7 +234,12 @@ class Supervisor:
         self._publish()
 
     def _publish(self) -> None:
-        """Have the next supervisor find what this one has open, whenever that has changed."""
+        """Have the next supervisor find what this one has open, whenever that has changed.
+
+        During a hand-over it would still be the former template that it must find.
+        """
+        if self._handover is not None:
+            return
         revision = (self._fleet.revision, self._nursery.template_pid)
         if revision == self._published:
             return
@@ -245,6 +250,7 @@ class Supervisor:
             self._log.error(str(error))
         if self._keeper.is_complete(sockets):
             self._published = revision
+            self._fleet.let_outlive()
 
     def _on_worker_started(self, worker: Worker) -> None:
         if self._handover is not None:

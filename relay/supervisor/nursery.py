@@ -222,8 +222,10 @@ class Nursery:
             hangs = worker.pulse.hangs(worker.sign_of_life(), now_s) if worker.running else alive_s > START_S_MAX
             if hangs:
                 self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)
-                with contextlib.suppress(ProcessLookupError):
+                try:
                     os.kill(worker.pid, signal.SIGKILL)
+                except ProcessLookupError:  # its template had died, and nobody told of its end
+                    self._on_exit(Exited(worker.core, worker.pid, signal.SIGKILL))
 
     def _readmit(self, worker: Worker) -> None:
         worker.started_s = time.monotonic()
