@@ -25,10 +25,18 @@ def drop_to(uid: int, gid: int) -> None:
         os.setresuid(uid, uid, uid)
         if uid != 0 and 0 in os.getresuid():
             raise PreflightError(f"could not give up root for uid {uid}")
+    _check_alone()
     capabilities.keep_only(())
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_DUMPABLE, 0)  # no core file, and no ptrace by the same user
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _check_alone() -> None:
+    """Raises PreflightError when other threads run: each has capabilities of its own, and would keep them."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise PreflightError(f"{threads} threads run where privileges are given up: a library has started them")
 
 
 def forbid_children() -> None:
@@ -41,6 +49,7 @@ def keep_for_supervising(kept: Collection[int] = capabilities.SUPERVISOR) -> Non
 
     It may have a little more again when it starts anew, which is another program of root's.
     """
+    _check_alone()
     capabilities.bound_to(capabilities.AT_START)
     capabilities.keep_only(kept)
 

@@ -33,6 +33,7 @@ from relay.messages import (
     TableInUse,
     ToWorker,
 )
+from relay.privileges import forbid_children
 
 IDLE_MODES = {"adaptive": loop.IDLE_ADAPTIVE, "sleep": loop.IDLE_SLEEP, "spin": loop.IDLE_SPIN}
 SPIN_NS = 100_000  # twice a wake-up here, while datagrams come that near to each other
@@ -181,6 +182,7 @@ def main(core: int, instance: str | None, idle: str, end: socket.socket) -> None
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end.setblocking(False)
     worker = Worker(core, instance, idle, Channel(end, ToWorker))
+    forbid_children()
     try:
         worker.run()
     finally:

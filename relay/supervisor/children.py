@@ -51,4 +51,7 @@ def start_control_plane(
 
 def describe_status(code: int) -> str:
     """How a process ended, from an exit code that is negative for a signal (os.waitstatus_to_exitcode)."""
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if code >= 0:
+        return f"exit status {code}"
+    name = f"signal {signal.Signals(-code).name}"
+    return f"{name}: a system call that its seccomp filter does not allow" if -code == signal.SIGSYS else name

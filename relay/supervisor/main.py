@@ -40,6 +40,7 @@ from relay.messages import (
     Restore,
     Workers,
 )
+from relay.privileges import keep_for_supervising
 from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
@@ -154,6 +155,7 @@ class Supervisor:
         self._log_drain = LogDrain(config.sinks(options), self._log_rings, stale, self._log)
         if self._orphans is None:
             self._log_drain.stale_ended()
+        keep_for_supervising()
         self._log_drain.start()
         self._stack.callback(self._log_drain.stop)
         self._log.info("Starting MCR supervisor")
