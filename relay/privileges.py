@@ -39,11 +39,6 @@ def _check_alone() -> None:
         raise PreflightError(f"{threads} threads run where privileges are given up: a library has started them")
 
 
-def forbid_children() -> None:
-    """No process or thread from now on, where the user is not root."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-
-
 def keep_for_supervising(kept: Collection[int] = capabilities.SUPERVISOR) -> None:
     """In the supervisor, once it has started: only what sockets and children need later. Raises OSError.
 

@@ -7,7 +7,7 @@ import socket
 
 from logging_shm import ControlPlaneLogging, Facility
 from relay.controlplane.server import ControlPlane
-from relay.privileges import drop_to, forbid_children
+from relay.privileges import drop_to
 
 
 def main() -> None:
@@ -22,7 +22,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     drop_to(arguments.uid, arguments.gid)
-    forbid_children()
     with ControlPlaneLogging.attach(arguments.instance) as logging:
         plane = ControlPlane(
             logging.logger(Facility.ControlPlane),

@@ -1,7 +1,7 @@
 """The template: a process that has the compiled code loaded, and of which every worker is a fork.
 
 So a worker starts in milliseconds. It starts privileged, to read the code wherever it lies, and gives up
-privileges before it forks. It obeys the supervisor (Spawn) and tells it of exits. It also holds the descriptors that
+privileges and confines itself before it forks. It obeys the supervisor (Spawn) and tells it of exits. It also holds the descriptors that
 must outlive a supervisor: when that one is gone, the next one fetches them at the hand-over socket (`Kept`), and
 the workers go on meanwhile. It ends when it is told to leave, or with its last worker.
 """
@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from relay.confinement.roles import confine_template
 from relay.dataplane import layout, loop, memory
 from relay.dataplane.ring import find_cursor
 from relay.dataplane.syscalls import load_liburing
@@ -181,9 +182,11 @@ def main() -> None:
     signal.set_wakeup_fd(signalled.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     channel: Channel[ToTemplate] = Channel(socket.socket(fileno=arguments.fd), ToTemplate)
+    handover = socket.socket(fileno=arguments.handover_fd)
+    confine_template()
     channel.send(TemplateReady())
     try:
-        Template(channel, socket.socket(fileno=arguments.handover_fd), arguments.heir_uid).run(wakeup)
+        Template(channel, handover, arguments.heir_uid).run(wakeup)
     except ChannelClosedError:
         return
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
+from relay.confinement.roles import confine_worker
 from relay.dataplane import layout, loop, memory
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
@@ -33,7 +34,6 @@ from relay.messages import (
     TableInUse,
     ToWorker,
 )
-from relay.privileges import forbid_children
 
 IDLE_MODES = {"adaptive": loop.IDLE_ADAPTIVE, "sleep": loop.IDLE_SLEEP, "spin": loop.IDLE_SPIN}
 SPIN_NS = 100_000  # twice a wake-up here, while datagrams come that near to each other
@@ -182,7 +182,8 @@ def main(core: int, instance: str | None, idle: str, end: socket.socket) -> None
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end.setblocking(False)
     worker = Worker(core, instance, idle, Channel(end, ToWorker))
-    forbid_children()
+    if not confine_worker():
+        worker.log.warning("No seccomp filter: this kernel or machine has none for it")
     try:
         worker.run()
     finally:
