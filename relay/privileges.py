@@ -4,6 +4,7 @@ import os
 import pwd
 import resource
 from collections.abc import Collection
+from pathlib import Path
 
 from relay.confinement import capabilities
 from relay.confinement.capabilities import prctl
@@ -34,7 +35,7 @@ def drop_to(uid: int, gid: int) -> None:
 
 def _check_alone() -> None:
     """Raises PreflightError when other threads run: each has capabilities of its own, and would keep them."""
-    threads = len(os.listdir("/proc/self/task"))
+    threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         raise PreflightError(f"{threads} threads run where privileges are given up: a library has started them")
 

@@ -1,7 +1,8 @@
 """The control plane: serves clients, validates what they ask, keeps the rule set, asks the supervisor to act.
 
-One unprivileged process with one asyncio loop, which opens nothing any more once it serves (relay/confinement). It owns the rule set; the supervisor keeps a copy that outlives
-this process and checks every rule again. Changes are made one after the other, each all or nothing.
+One unprivileged process with one asyncio loop, which opens nothing any more once it serves (relay/confinement). It
+owns the rule set; the supervisor keeps a copy that outlives this process and checks every rule again. Changes are
+made one after the other, each all or nothing.
 """
 
 import asyncio
