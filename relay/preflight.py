@@ -10,8 +10,10 @@ import psutil
 
 from logging_shm.sinks.selection import SinkError
 from relay.config import Options, parse_cores, sinks
+from relay.dataplane import CACHE_DIRECTORY
 from relay.errors import PreflightError
 from relay.supervisor.interfaces import snapshot
+from relay.trust import check_cache, trusted_uids
 
 KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
@@ -81,6 +83,7 @@ def check(options: Options) -> tuple[int, ...]:
     status = Path("/proc/self/status").read_text()
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     check_capabilities(int(effective[1], 16) if effective else 0)
+    check_cache(CACHE_DIRECTORY, trusted_uids())
     check_interfaces(options.interfaces)
     check_sinks(options)
     return choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))

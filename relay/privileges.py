@@ -4,6 +4,7 @@ import os
 import pwd
 import resource
 from collections.abc import Collection
+from pathlib import Path
 
 from relay.confinement import capabilities
 from relay.confinement.capabilities import prctl
@@ -25,25 +26,26 @@ def drop_to(uid: int, gid: int) -> None:
         os.setresuid(uid, uid, uid)
         if uid != 0 and 0 in os.getresuid():
             raise PreflightError(f"could not give up root for uid {uid}")
+    _check_alone()
     capabilities.keep_only(())
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_DUMPABLE, 0)  # no core file, and no ptrace by the same user
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def forbid_children() -> None:
-    """No process or thread from now on, where the user is not root."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+def _check_alone() -> None:
+    """Raises PreflightError when other threads run: each has capabilities of its own, and would keep them."""
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads != 1:
+        raise PreflightError(f"{threads} threads run where privileges are given up: a library has started them")
 
 
 def keep_for_supervising(kept: Collection[int] = capabilities.SUPERVISOR) -> None:
     """In the supervisor, once it has started: only what sockets and children need later. Raises OSError.
 
-    It may have a little more again when it starts anew, which is another program of root's. Another user's supervisor
-    keeps what it was granted, which it could not have again.
+    It may have a little more again when it starts anew, which is another program of root's.
     """
-    if os.geteuid() != 0:
-        return
+    _check_alone()
     capabilities.bound_to(capabilities.AT_START)
     capabilities.keep_only(kept)
 

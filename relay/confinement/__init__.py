@@ -1,1 +1,1 @@
-"""What the less privileged processes are confined to: capabilities, system calls, files."""
+"""What the less privileged processes are confined to: capabilities, system calls, files. docs/security.md tells why."""

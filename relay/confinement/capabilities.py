@@ -3,9 +3,10 @@
 Source: man 7 capabilities, man 2 capset, linux/capability.h.
 """
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from enum import IntEnum
 from pathlib import Path
 
@@ -13,6 +14,7 @@ _LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 LAST_CAP = Path("/proc/sys/kernel/cap_last_cap")
 
@@ -88,12 +90,44 @@ def permitted() -> int:
     return int(data[0].permitted | data[1].permitted << 32)
 
 
+def _set(permitted: int, inheritable: int) -> None:
+    low, high = permitted & 0xFFFF_FFFF, permitted >> 32
+    data = (UserCapData * 2)(
+        UserCapData(low, low, inheritable & 0xFFFF_FFFF), UserCapData(high, high, inheritable >> 32)
+    )
+    _capabilities("capset", data)
+
+
+def pass_on() -> None:
+    """Let the program that this thread executes next have what is permitted now. Raises OSError.
+
+    Root's program gets that anyway. One of another user, as a service with AmbientCapabilities, would get nothing.
+    """
+    if os.geteuid() == 0:
+        return
+    mask = permitted()
+    _set(mask, mask)
+    for capability in range(mask.bit_length()):
+        if mask >> capability & 1:
+            prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
+
+
+@contextlib.contextmanager
+def passed_on() -> Iterator[None]:
+    """In the block, programs that this thread starts get what is permitted now; after it, none of it."""
+    pass_on()
+    try:
+        yield
+    finally:
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+        _set(permitted(), 0)
+
+
 def keep_only(kept: Collection[int]) -> None:
     """Reduce the effective and permitted sets to `kept`, and empty the inheritable and ambient ones. Raises OSError."""
     mask = permitted() & sum(1 << capability for capability in kept)
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    low, high = mask & 0xFFFF_FFFF, mask >> 32
-    _capabilities("capset", (UserCapData * 2)(UserCapData(low, low, 0), UserCapData(high, high, 0)))
+    _set(mask, 0)
 
 
 def bound_to(kept: Collection[int]) -> None:

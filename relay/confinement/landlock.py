@@ -7,7 +7,7 @@ Source: man 7 landlock, linux/landlock.h.
 import ctypes
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 SYS_LANDLOCK_CREATE_RULESET = 444  # the same numbers on every architecture
@@ -17,6 +17,8 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
 LANDLOCK_ACCESS_FS_WRITE_FILE = 1 << 1
 LANDLOCK_ACCESS_FS_READ_FILE = 1 << 2
+READ = LANDLOCK_ACCESS_FS_READ_FILE
+READ_AND_WRITE = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE
 # Rights of files, of the network, and scopes that each ABI knows.
 FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 LANDLOCK_ACCESS_NET = 0b11  # bind and connect TCP, from ABI 4 on
@@ -58,25 +60,17 @@ def abi() -> int:
             SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(LANDLOCK_CREATE_RULESET_VERSION)
         )
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+        # EPERM: a container's seccomp filter that does not know the call.
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             return 0
         raise
 
 
-def _allow(ruleset: int, path: Path, access: int) -> None:
-    directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        rule = ctypes.byref(PathBeneathAttr(access, directory))
-        kind = ctypes.c_int(LANDLOCK_RULE_PATH_BENEATH)
-        _call(SYS_LANDLOCK_ADD_RULE, ctypes.c_int(ruleset), kind, rule, ctypes.c_uint32(0))
-    finally:
-        os.close(directory)
+def restrict(beneath: Mapping[Path, int] | None = None) -> bool:
+    """Restrict this process and its children for good; False where the kernel can't. Needs PR_SET_NO_NEW_PRIVS.
 
-
-def restrict(readable: Collection[Path] = (), writable: Collection[Path] = ()) -> bool:
-    """Restrict this process and its children for good to files beneath these directories, which exist already.
-
-    `writable` ones are readable, too. False where the kernel can't. Needs PR_SET_NO_NEW_PRIVS. Raises OSError.
+    `beneath`: the rights, READ or READ_AND_WRITE, that stay beneath a directory. What is open already stays usable.
+    Raises OSError.
     """
     version = abi()
     if version == 0:
@@ -90,9 +84,19 @@ def restrict(readable: Collection[Path] = (), writable: Collection[Path] = ()) -
         SYS_LANDLOCK_CREATE_RULESET, ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)), ctypes.c_uint32(0)
     )
     try:
-        for path in (*readable, *writable):
-            access = LANDLOCK_ACCESS_FS_READ_FILE | (LANDLOCK_ACCESS_FS_WRITE_FILE if path in writable else 0)
-            _allow(ruleset, path, access)
+        for path, rights in (beneath or {}).items():
+            directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                rule = PathBeneathAttr(rights, directory)
+                _call(
+                    SYS_LANDLOCK_ADD_RULE,
+                    ctypes.c_int(ruleset),
+                    ctypes.c_int(LANDLOCK_RULE_PATH_BENEATH),
+                    ctypes.byref(rule),
+                    ctypes.c_uint32(0),
+                )
+            finally:
+                os.close(directory)
         _call(SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
     finally:
         os.close(ruleset)

@@ -1,33 +1,36 @@
-"""What each role is confined to, once it has what it needs. Called by the control plane, the template and the worker.
+"""What each process is confined to, once it has set itself up. Called in that process; there is no way back.
 
-Each process has given up its capabilities before (relay/privileges.py). Files are closed off by Landlock where the
-kernel has it, and by seccomp in any case.
+The template opens segments for the workers that it forks; workers and the control plane open nothing any more.
+Each process has given up its privileges before (relay/privileges.py), which is what lets it install filters.
 """
 
+import os
+import resource
 from pathlib import Path
 
 from relay.confinement import landlock, seccomp
-from relay.privileges import forbid_children
 
 SEGMENTS = Path("/dev/shm")
-PROCESSES = Path("/proc")  # a worker notes when it was started, /proc/PID/stat
-
-
-def confine_control_plane() -> None:
-    """It has its log and its sockets: no file, no process, no socket but netlink, which tells interfaces' names."""
-    forbid_children()
-    landlock.restrict()
-    seccomp.confine(seccomp.CONTROL_PLANE)
+PROCESSES = Path("/proc")  # a segment's header names its writer by pid and start time
 
 
 def confine_template() -> None:
-    """It has the compiled code: it forks workers, which attach to their segments, and nothing else."""
-    landlock.restrict(readable=(PROCESSES,), writable=(SEGMENTS,))
+    """Forking, and the set-up of workers. Raises OSError."""
+    landlock.restrict({SEGMENTS: landlock.READ_AND_WRITE, PROCESSES: landlock.READ})
     seccomp.confine(seccomp.TEMPLATE)
 
 
-def confine_worker() -> None:
-    """It has its segments and its io_uring, which allows sends alone: no file, no socket, no process."""
-    forbid_children()
+def confine_worker() -> bool:
+    """Sending, receiving and waiting on what it was handed; False without seccomp here. Raises OSError."""
+    return _confine(seccomp.WORKER)
+
+
+def confine_control_plane() -> bool:
+    """Serving its sockets; False without seccomp here. Raises OSError."""
+    return _confine(seccomp.CONTROL_PLANE)
+
+
+def _confine(policy: seccomp.Policy) -> bool:
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     landlock.restrict()
-    seccomp.confine(seccomp.WORKER)
+    return seccomp.confine(seccomp.of_process(policy, os.getpid()))

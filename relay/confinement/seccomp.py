@@ -1,8 +1,9 @@
 """Seccomp: a process may make the system calls of a list, and no others.
 
-A filter is classic BPF over struct seccomp_data. Calls of the list pass, some with certain arguments only; those that
-Python makes when it reports an error (it looks for source text) are refused with EACCES; any other call kills the
-process with SIGSYS, which the supervisor logs. Memory can't be made executable: compiled code is there already.
+A filter is classic BPF over struct seccomp_data. Calls of the list pass, some of them with certain arguments only;
+those that Python makes when it reports an error (it looks for source text) are refused with EACCES; any other call
+kills the process with SIGSYS, which the supervisor logs. Memory can't be made executable: compiled code is there
+already. Of calls that always pass the kernel keeps a bitmap and runs no filter for them; all that the loop makes are.
 Source: man 2 seccomp, linux/seccomp.h, linux/audit.h; numbers from asm/unistd_64.h and asm-generic/unistd.h.
 """
 
@@ -10,7 +11,8 @@ import ctypes
 import errno
 import platform
 import struct
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from relay.confinement.capabilities import prctl
 
@@ -24,12 +26,18 @@ ARCH_OFFSET = 4
 ARGUMENTS_OFFSET = 16
 X32_SYSCALL_BIT = 0x4000_0000
 PROT_EXEC = 4
-PROTECTION = 2  # the argument of mmap and mprotect
-REQUEST = 1  # of ioctl
-DOMAIN = 0  # of socket
-AF_NETLINK = 16
+CLONE_THREAD = 0x0001_0000
+CLONE_NAMESPACES = 0x7E02_0000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+F_GETFL = 3
+F_DUPFD_CLOEXEC = 1030
+AT_EMPTY_PATH = 0x1000  # how newfstatat is fstat
+TCGETS = 0x5401
 FIONBIO = 0x5421
-SIOCGIFNAME = 0x8910
+SOL_SOCKET = 1
+SO_ATTACH_FILTER = 26
+PR_SET_TIMERSLACK = 29
+PR_SET_VMA = 0x5356_4D41  # names memory for /proc/PID/maps, as C libraries do
+STDERR = 2
 
 LD_WORD_ABS = 0x20  # linux/bpf_common.h
 JEQ_K = 0x15
@@ -48,10 +56,10 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
             "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
             "rt_sigreturn": 15, "ioctl": 16, "writev": 20, "access": 21, "select": 23, "sched_yield": 24, "mremap": 25,
             "madvise": 28, "getpid": 39, "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47,
-            "shutdown": 48, "bind": 49, "listen": 50, "socket": 41,
-            "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55,
+            "shutdown": 48, "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55,
             "clone": 56, "fork": 57, "vfork": 58, "exit": 60, "wait4": 61, "fcntl": 72, "readlink": 89,
-            "sigaltstack": 131, "prctl": 157, "gettid": 186, "getuid": 102, "geteuid": 107, "getdents64": 217,
+            "sigaltstack": 131, "prctl": 157, "gettid": 186, "gettimeofday": 96, "tgkill": 234,
+            "getuid": 102, "geteuid": 107, "getdents64": 217,
             "restart_syscall": 219, "futex": 202, "sched_setaffinity": 203, "sched_getaffinity": 204,
             "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232,
             "epoll_ctl": 233, "openat": 257, "newfstatat": 262, "readlinkat": 267, "pselect6": 270, "ppoll": 271,
@@ -68,9 +76,9 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
             "munmap": 215, "brk": 214, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigreturn": 139, "ioctl": 29,
             "writev": 66, "faccessat": 48, "sched_yield": 124, "mremap": 216, "madvise": 233, "getpid": 172,
             "accept": 202, "sendto": 206, "recvfrom": 207, "sendmsg": 211, "recvmsg": 212, "shutdown": 210,
-            "bind": 200, "listen": 201, "socket": 198,
             "getsockname": 204, "getpeername": 205, "socketpair": 199, "setsockopt": 208, "getsockopt": 209,
             "clone": 220, "exit": 93, "wait4": 260, "fcntl": 25, "sigaltstack": 132, "prctl": 167, "gettid": 178,
+            "gettimeofday": 169, "tgkill": 131,
             "getuid": 174, "geteuid": 175, "getdents64": 61, "restart_syscall": 128, "futex": 98,
             "sched_setaffinity": 122, "sched_getaffinity": 123, "clock_gettime": 113, "clock_getres": 114,
             "clock_nanosleep": 115, "exit_group": 94, "epoll_ctl": 21, "openat": 56, "newfstatat": 79,
@@ -82,47 +90,98 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
     ),
 }  # fmt: skip
 
-# What every Python process does: memory that is not executable, time, signals, its own descriptors, its end.
-BASIC = frozenset(
-    {
-        "read", "write", "writev", "close", "fstat", "lseek", "munmap", "mremap", "brk", "madvise", "futex",
-        "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "sched_yield",
-        "clock_gettime", "clock_getres", "clock_nanosleep", "getpid", "gettid", "getrandom", "fcntl", "poll", "ppoll",
-        "exit", "exit_group", "newfstatat",
-    }
-)  # fmt: skip
-WITHOUT_EXECUTION = ("mmap", "mprotect")
-# Allowed with one of these values as the argument of that number.
-BY_ARGUMENT = {"ioctl": (REQUEST, (FIONBIO, SIOCGIFNAME))}
-NETLINK_ONLY = {"socket": (DOMAIN, (AF_NETLINK,))}
-REFUSED = frozenset(
-    {"open", "openat", "stat", "lstat", "statx", "access", "faccessat", "readlink", "readlinkat", "ioctl", "socket"}
-)
 
-CONTROL_PLANE = BASIC | {
-    "recvfrom", "recvmsg", "sendto", "sendmsg", "accept", "accept4", "shutdown", "getsockname", "getpeername",
-    "getsockopt", "setsockopt", "epoll_wait", "epoll_pwait", "epoll_ctl", "epoll_create1",
-    "socketpair", "getuid", "geteuid", "bind", "listen", "socket", "prlimit64",
-}  # fmt: skip
-WORKER = BASIC | {
-    "io_uring_enter", "recvmmsg", "recvmsg", "recvfrom", "sendmsg", "sendto", "getsockopt", "setsockopt", "getsockname",
-    "getpeername",
-}  # fmt: skip
-# Forks workers, which have all their set-up before them: segments, an io_uring, a core, and the tighter filter.
-TEMPLATE = WORKER | {
-    "clone", "clone3", "fork", "vfork", "wait4", "set_robust_list", "rseq", "select", "pselect6", "accept", "accept4",
-    "sched_setaffinity", "sched_getaffinity", "prctl", "prlimit64", "seccomp", "socketpair", "getuid", "geteuid",
-    "open", "openat", "stat", "lstat", "statx", "access", "faccessat", "readlink", "readlinkat",
-    "getdents64", "io_uring_setup", "io_uring_register", "landlock_create_ruleset", "landlock_add_rule",
-    "landlock_restrict_self", "getsockname", "getpeername",
-}  # fmt: skip
+@dataclass(frozen=True)
+class Check:
+    """What an argument must be: one of `values`, or without any bit of `without`; `otherwise` is the verdict.
+
+    Every argument that is checked is an int: the low half counts, for the kernel as well.
+    """
+
+    argument: int
+    values: tuple[int, ...] = ()
+    without: int = 0
+    otherwise: int = SECCOMP_RET_KILL_PROCESS
 
 
-def assemble(allowed: Collection[str], machine: str) -> list[Instruction]:
-    """The filter of a list of calls for `machine`, as platform.machine() names it. Raises KeyError for another one."""
+Policy = Mapping[str, tuple[Check, ...]]  # by the name of the call; no checks: it always passes
+EACCES = SECCOMP_RET_ERRNO | errno.EACCES
+
+
+def _always(*names: str) -> dict[str, tuple[Check, ...]]:
+    return dict.fromkeys(names, ())
+
+
+# What any of these Python processes does: memory that is not executable, time, signals, its own descriptors, its end.
+BASIC: Policy = {
+    **_always(
+        "close", "fstat", "munmap", "mremap", "brk", "madvise", "futex", "rt_sigaction", "rt_sigprocmask",
+        "rt_sigreturn", "sigaltstack", "restart_syscall", "sched_yield", "clock_gettime", "clock_getres",
+        "clock_nanosleep", "gettimeofday", "getpid", "gettid", "getuid", "geteuid", "getrandom", "poll", "ppoll",
+        "getsockname", "getpeername", "getsockopt", "recvmsg", "sendto", "exit", "exit_group",
+    ),
+    "mmap": (Check(2, without=PROT_EXEC),),
+    "mprotect": (Check(2, without=PROT_EXEC),),
+    "fcntl": (Check(1, (F_GETFL, F_DUPFD_CLOEXEC)),),
+    "newfstatat": (Check(3, (AT_EMPTY_PATH,), otherwise=EACCES),),
+    "ioctl": (Check(1, (FIONBIO,), otherwise=EACCES),),
+    "write": (Check(0, (STDERR,)),),
+    "writev": (Check(0, (STDERR,)),),
+    "prctl": (Check(0, (PR_SET_VMA,)),),
+}  # fmt: skip
+# What Python tries where it reports an error, or imports late. It reports without the text then.
+REFUSED = ("open", "openat", "stat", "lstat", "statx", "access", "faccessat", "readlink", "readlinkat")
+
+CONTROL_PLANE: Policy = {
+    **BASIC,
+    **_always("recvfrom", "sendmsg", "accept", "accept4", "shutdown", "epoll_wait", "epoll_pwait", "epoll_ctl"),
+}
+WORKER: Policy = {
+    **BASIC,
+    **_always("io_uring_enter", "recvmmsg"),
+    "setsockopt": (Check(1, (SOL_SOCKET,)), Check(2, (SO_ATTACH_FILTER,))),  # to let no more in at the end
+}
+# Forks workers, which have their set-up before them: segments, an io_uring, a core, and the tighter filter.
+TEMPLATE: Policy = {
+    **WORKER,
+    **_always(
+        "read", "write", "lseek", "recvfrom", "sendmsg", "accept", "accept4", "fork", "wait4", "set_robust_list",
+        "select", "pselect6", "tgkill", *REFUSED, "newfstatat", "getdents64", "io_uring_setup", "io_uring_register",
+        "seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self",
+    ),
+    "clone": (Check(0, without=CLONE_THREAD | CLONE_NAMESPACES),),
+    "ioctl": (Check(1, (FIONBIO, TCGETS), otherwise=EACCES),),
+    "prctl": (Check(0, (PR_SET_VMA, PR_SET_TIMERSLACK, PR_SET_SECCOMP)),),
+    "prlimit64": (Check(0, (0,)),),  # its own
+    "sched_setaffinity": (Check(0, (0,)),),
+}  # fmt: skip
+
+
+def of_process(policy: Policy, pid: int) -> Policy:
+    """The policy for one process, which may send a signal to itself alone: so it aborts."""
+    return {**policy, "tgkill": (Check(0, (pid,)),)}
+
+
+def _verdict(number: int, checks: Sequence[Check], passed: int = SECCOMP_RET_ALLOW) -> list[Instruction]:
+    """What becomes of one call; goes on behind this code for any other."""
+    code: list[Instruction] = []
+    for check in checks:
+        code.append((LD_WORD_ABS, 0, 0, ARGUMENTS_OFFSET + 8 * check.argument))  # both machines are little-endian
+        if check.without:
+            code.append((JSET_K, 0, 1, check.without))
+        code += [(JEQ_K, len(check.values) - at, 0, value) for at, value in enumerate(check.values)]
+        code.append((RET_K, 0, 0, check.otherwise))
+    code.append((RET_K, 0, 0, passed))
+    return [(JEQ_K, 0, len(code), number), *code]
+
+
+def assemble(policy: Policy, machine: str) -> list[Instruction]:
+    """The filter of a policy for `machine`, as platform.machine() names it. Raises KeyError for another one.
+
+    Names that the machine has no call for are left out.
+    """
     architecture, numbers = ARCHITECTURES[machine]
-    allow, kill = (RET_K, 0, 0, SECCOMP_RET_ALLOW), (RET_K, 0, 0, SECCOMP_RET_KILL_PROCESS)
-    refuse = (RET_K, 0, 0, SECCOMP_RET_ERRNO | errno.EACCES)
+    kill = (RET_K, 0, 0, SECCOMP_RET_KILL_PROCESS)
     program: list[Instruction] = [
         (LD_WORD_ABS, 0, 0, ARCH_OFFSET),
         (JEQ_K, 1, 0, architecture),
@@ -131,46 +190,35 @@ def assemble(allowed: Collection[str], machine: str) -> list[Instruction]:
         (JGE_K, 0, 1, X32_SYSCALL_BIT),
         kill,
     ]
-    restricted = BY_ARGUMENT | {name: rule for name, rule in NETLINK_ONLY.items() if name in allowed}
-    for name in sorted(set(allowed) - set(restricted), key=lambda name: numbers.get(name, -1)):
+    for name in sorted(policy, key=lambda name: (len(policy[name]), name)):
         if name in numbers:
-            program += [(JEQ_K, 0, 1, numbers[name]), allow]
-    for name, (argument, values) in restricted.items():
-        values_checked = [step for value in values for step in ((JEQ_K, 0, 1, value), allow)]
-        program += [
-            (JEQ_K, 0, 2 + len(values_checked), numbers[name]),
-            (LD_WORD_ABS, 0, 0, ARGUMENTS_OFFSET + 8 * argument),
-            *values_checked,
-            refuse,
-        ]
-    for name in WITHOUT_EXECUTION:
-        program += [
-            (JEQ_K, 0, 4, numbers[name]),
-            (LD_WORD_ABS, 0, 0, ARGUMENTS_OFFSET + 8 * PROTECTION),  # the low half; both machines are little-endian
-            (JSET_K, 0, 1, PROT_EXEC),
-            kill,
-            allow,
-        ]
-    for name in sorted(REFUSED - set(allowed) - set(restricted)):
-        if name in numbers:
-            program += [(JEQ_K, 0, 1, numbers[name]), refuse]
+            program += _verdict(numbers[name], policy[name])
+    for name in REFUSED:
+        if name in numbers and name not in policy:
+            program += _verdict(numbers[name], (), EACCES)
     return [*program, kill]
 
 
-def encode(program: Collection[Instruction]) -> bytes:
+def encode(program: Sequence[Instruction]) -> bytes:
     """The program as an array of struct sock_filter."""
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def confine(allowed: Collection[str]) -> bool:
-    """Install the filter for this process and its children, for good; False on a machine that has no list.
+def confine(policy: Policy) -> bool:
+    """Install the filter for this process and its children, for good; False where there can be none.
 
-    Needs PR_SET_NO_NEW_PRIVS. Raises OSError.
+    That is on a kernel without seccomp, or on a machine that has no list. Needs PR_SET_NO_NEW_PRIVS, and one thread.
+    Raises OSError.
     """
     if platform.machine() not in ARCHITECTURES:
         return False
-    program = assemble(allowed, platform.machine())
+    program = assemble(policy, platform.machine())
     code = ctypes.create_string_buffer(encode(program))
     fprog = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
+    try:
+        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
     return True

@@ -6,7 +6,6 @@ import signal
 import socket
 
 from logging_shm import ControlPlaneLogging, Facility
-from relay.confinement.roles import confine_control_plane
 from relay.controlplane.server import ControlPlane
 from relay.privileges import drop_to
 
@@ -29,7 +28,6 @@ def main() -> None:
             socket.socket(fileno=arguments.supervisor_fd),
             socket.socket(fileno=arguments.listener_fd),
         )
-        confine_control_plane()
         asyncio.run(plane.run())
 
 

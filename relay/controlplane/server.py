@@ -1,7 +1,8 @@
 """The control plane: serves clients, validates what they ask, keeps the rule set, asks the supervisor to act.
 
-One unprivileged process with one asyncio loop. It owns the rule set; the supervisor keeps a copy that outlives
-this process and checks every rule again. Changes are made one after the other, each all or nothing.
+One unprivileged process with one asyncio loop, which opens nothing any more once it serves (relay/confinement). It
+owns the rule set; the supervisor keeps a copy that outlives this process and checks every rule again. Changes are
+made one after the other, each all or nothing.
 """
 
 import asyncio
@@ -16,7 +17,9 @@ import msgspec
 from logging_shm import Logger
 from relay import api, framing, messages
 from relay.config import validate_unnamed
+from relay.confinement.roles import confine_control_plane
 from relay.controlplane.authorise import authorise, peer_uid
+from relay.controlplane.interfaces import Interfaces
 from relay.errors import ControlError, RelayError
 from relay.rules import Rule, chain_warnings, check_cycles, merge, named
 from relay.version import VERSION
@@ -38,6 +41,7 @@ class ControlPlane:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._kernel = Interfaces()
         self._decoder = msgspec.json.Decoder(api.Request)
         self._encoder = msgspec.json.Encoder()
 
@@ -45,6 +49,8 @@ class ControlPlane:
         """Serve until the supervisor's stream ends."""
         reader, self._supervisor = await asyncio.open_connection(sock=self._supervisor_socket)
         server = await asyncio.start_unix_server(self._serve, sock=self._listener, limit=api.REQUEST_BYTES_MAX)
+        if not confine_control_plane():
+            self._log.warning("No seccomp filter: this kernel or machine has none for it")
         self._log.info("Control plane worker started")
         self._send(messages.Ready())
         buffer = framing.FrameBuffer(messages.ToControlPlane)
@@ -195,7 +201,7 @@ class ControlPlane:
 
     def _check_interfaces(self, rules: tuple[Rule, ...]) -> None:
         """Raises ControlError for a name that is no interface now: more likely misspelt than on its way."""
-        existing = {name for _, name in socket.if_nameindex()}
+        existing = self._kernel.names()
         for rule in rules:
             names = [output.interface for output in rule.outputs]
             names += [rule.input_interface] if rule.input_interface else []

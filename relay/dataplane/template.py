@@ -1,9 +1,9 @@
 """The template: a process that has the compiled code loaded, and of which every worker is a fork.
 
-So a worker starts in milliseconds. It starts privileged, to read the code wherever it lies, and gives up
-privileges before it forks. It obeys the supervisor (Spawn) and tells it of exits. It also holds the descriptors that
-must outlive a supervisor: when that one is gone, the next one fetches them at the hand-over socket (`Kept`), and
-the workers go on meanwhile. It ends when it is told to leave, or with its last worker.
+So a worker starts in milliseconds. It starts privileged, to read the code wherever it lies; it gives up privileges
+and confines itself before it forks. It obeys the supervisor (Spawn) and tells it of exits. It also holds the
+descriptors that must outlive a supervisor: when that one is gone, the next one fetches them at the hand-over socket
+(`Kept`), and the workers go on meanwhile. It ends when it is told to leave, or with its last worker.
 """
 
 import argparse
@@ -21,14 +21,16 @@ from collections.abc import Iterable
 import numpy as np
 
 from relay.confinement.roles import confine_template
-from relay.dataplane import layout, loop, memory
+from relay.dataplane import CACHE_DIRECTORY, layout, loop, memory
 from relay.dataplane.ring import find_cursor
 from relay.dataplane.syscalls import load_liburing
 from relay.dataplane.table import compile_table, view_table
 from relay.dataplane.worker import main as run_worker
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
+from relay.errors import PreflightError
 from relay.messages import Exited, Forget, Keep, Kept, KeptAll, Leave, Spawn, Spawned, TemplateReady, ToTemplate
 from relay.privileges import drop_to
+from relay.trust import check_cache, trusted_uids
 
 LOG_BYTES = 16_384  # of the log segment that warming up writes into: a header is all it needs
 
@@ -174,18 +176,23 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the supervisor decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        check_cache(CACHE_DIRECTORY, trusted_uids())
+    except PreflightError as error:
+        sys.exit(f"mcrd: {error}")
     load_compiled_code()
     drop_to(arguments.uid, arguments.gid)
-    confine_template()
     gc.freeze()
     wakeup, signalled = socket.socketpair()
     signalled.setblocking(False)
     signal.set_wakeup_fd(signalled.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     channel: Channel[ToTemplate] = Channel(socket.socket(fileno=arguments.fd), ToTemplate)
+    handover = socket.socket(fileno=arguments.handover_fd)
+    confine_template()
     try:
         channel.send(TemplateReady())
-        Template(channel, socket.socket(fileno=arguments.handover_fd), arguments.heir_uid).run(wakeup)
+        Template(channel, handover, arguments.heir_uid).run(wakeup)
     except ChannelClosedError:
         return
 

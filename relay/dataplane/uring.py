@@ -1,7 +1,8 @@
 """io_uring: set up through liburing, used by the compiled loop. Owned by one worker.
 
 The loop fills SQEs in place, publishes the tail and enters the kernel once a drain. Every completion is
-reaped before the next submission, so the queues can't overflow.
+reaped before the next submission, so the queues can't overflow. An io_uring can do what seccomp forbids its process,
+such as to open a file; so this one is restricted, for good, to sending: SENDMSG without flags, nothing registered.
 Source: liburing.h (struct io_uring, io_uring_sq, io_uring_cq), man 2 io_uring_setup.
 """
 
@@ -99,7 +100,7 @@ class IoUringParams(ctypes.Structure):
 
 
 class IoUringRestriction(ctypes.Structure):
-    """struct io_uring_restriction."""
+    """struct io_uring_restriction, linux/io_uring.h; the second member is a union of bytes."""
 
     _fields_ = (
         ("opcode", ctypes.c_uint16),
@@ -122,13 +123,8 @@ class Uring:
         self._library = load_liburing()
         self._ring = IoUring()
         params = IoUringParams()
-        params.flags = (
-            IORING_SETUP_CQSIZE
-            | IORING_SETUP_R_DISABLED
-            | IORING_SETUP_SUBMIT_ALL
-            | IORING_SETUP_SINGLE_ISSUER
-            | IORING_SETUP_DEFER_TASKRUN
-        )
+        params.flags = IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED
+        params.flags |= IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
         params.cq_entries = 2 * entries
         result = self._library.io_uring_queue_init_params(
             ctypes.c_uint(entries), ctypes.byref(self._ring), ctypes.byref(params)
@@ -137,7 +133,7 @@ class Uring:
             raise PreflightError(
                 f"io_uring_queue_init_params: {os.strerror(-result)}: needs Linux 6.1 and kernel.io_uring_disabled = 0"
             )
-        self._allow_sends_only()
+        self._restrict()
         sq, cq = self._ring.sq, self._ring.cq
         self.fd: int = self._ring.ring_fd
         self.sqes = _array_at(sq.sqes, IO_URING_SQE, sq.ring_entries)
@@ -148,14 +144,11 @@ class Uring:
         self.cq_tail_ptr: int = cq.ktail
         self.cq_mask: int = cq.ring_mask
 
-    def _allow_sends_only(self) -> None:
-        """An io_uring makes system calls past seccomp: this one sends, and can't be told to do anything else.
-
-        man 3 io_uring_register_restrictions. Raises PreflightError.
-        """
-        restriction = IoUringRestriction(IORING_RESTRICTION_SQE_OP, IORING_OP_SENDMSG)
+    def _restrict(self) -> None:
+        """Allow one operation, and start. Raises PreflightError."""
+        allowed = IoUringRestriction(IORING_RESTRICTION_SQE_OP, IORING_OP_SENDMSG)
         ring = ctypes.byref(self._ring)
-        result = self._library.io_uring_register_restrictions(ring, ctypes.byref(restriction), ctypes.c_uint(1))
+        result = self._library.io_uring_register_restrictions(ring, ctypes.byref(allowed), ctypes.c_uint(1))
         result = result or self._library.io_uring_enable_rings(ring)
         if result < 0:
             self.close()

@@ -190,7 +190,8 @@ def main(core: int, instance: str | None, idle: str, end: socket.socket) -> None
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end.setblocking(False)
     worker = Worker(core, instance, idle, Channel(end, ToWorker))
-    confine_worker()
+    if not confine_worker():
+        worker.log.warning("No seccomp filter: this kernel or machine has none for it")
     try:
         worker.run()
     finally:

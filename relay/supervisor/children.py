@@ -53,6 +53,5 @@ def describe_status(code: int) -> str:
     """How a process ended, from an exit code that is negative for a signal (os.waitstatus_to_exitcode)."""
     if code >= 0:
         return f"exit status {code}"
-    if -code == signal.SIGSYS:
-        return "signal SIGSYS: a system call that it is not allowed"
-    return f"signal {signal.Signals(-code).name}"
+    name = f"signal {signal.Signals(-code).name}"
+    return f"{name}: a system call that its seccomp filter does not allow" if -code == signal.SIGSYS else name

@@ -101,7 +101,6 @@ class Supervisor:
                 self._open_logs()
             self._open_sockets()
             self._start()
-            keep_for_supervising()
             try:
                 while not self._stopping:
                     self._turn()
@@ -156,6 +155,7 @@ class Supervisor:
         self._log_drain = LogDrain(config.sinks(options), self._log_rings, stale, self._log)
         if self._orphans is None:
             self._log_drain.stale_ended()
+        keep_for_supervising()
         self._log_drain.start()
         self._stack.callback(self._log_drain.stop)
         self._log.info("Starting MCR supervisor")

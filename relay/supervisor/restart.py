@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from relay.confinement import capabilities
 from relay.supervisor.timers import Timers
 
 CHECK_S_MAX = 10.0
@@ -28,13 +29,14 @@ class Restarter:
         if self._check is not None:
             refuse("a restart is under way")
             return
-        self._check = subprocess.Popen(
-            [sys.executable, *sys.orig_argv[1:], "--check"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with capabilities.passed_on():
+            self._check = subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:], "--check"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         self._poll(self._check, CHECK_S_MAX, agree, refuse)
 
     def _poll(
@@ -56,5 +58,6 @@ class Restarter:
     @staticmethod
     def execute() -> None:
         """Become the new program. Raises OSError."""
+        capabilities.pass_on()
         # The command line is this process's own.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

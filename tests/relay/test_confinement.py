@@ -25,7 +25,7 @@ from tools.environment import CHECKOUT
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving up root needs root")
 NOBODY = pwd.getpwnam("nobody")
-ROLES = {
+ROLES: dict[str, Callable[[], object]] = {
     "control plane": roles.confine_control_plane,
     "template": roles.confine_template,
     "worker": roles.confine_worker,

@@ -1,0 +1,81 @@
+"""Who could change the compiled code: it is loaded by root, so by nobody but root and whoever started the relay.
+
+Numba's cache holds pickles and machine code. The caller behind sudo may write there: what `sudo make run` starts is his
+own source anyway. The user that workers run as may not, unless it is the same.
+"""
+
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from relay.errors import PreflightError
+
+GROUP_WRITES = 0o020
+OTHERS_WRITE = 0o002
+ACL = "system.posix_acl_access"  # with one, the group's bits are what anybody named in it may do at most
+
+
+def trusted_uids() -> frozenset[int]:
+    """Root, this process's user, and the caller behind sudo."""
+    uids = {0, os.geteuid()}
+    if os.geteuid() == 0:
+        uids.add(int(os.environ.get("SUDO_UID", "0")))
+    return frozenset(uids)
+
+
+def check_cache(directory: Path, trusted: Collection[int]) -> None:
+    """Raises PreflightError when anybody but `trusted` could change what is in `directory`, or put another there.
+
+    A directory that does not exist yet is judged by those that it would be made in.
+    """
+    resolved = directory.resolve()
+    for path in {directory: None, resolved: None} | dict.fromkeys((*directory.parents, *resolved.parents)):
+        # Where the sticky bit is set, as in /tmp, others can't replace what is not theirs; but they can add files.
+        _check(path, trusted, sticky_helps=path not in (directory, resolved))
+    for path in _everything_in(resolved):
+        _check(path, trusted, sticky_helps=False)
+
+
+def _everything_in(directory: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            yield Path(folder, name)
+
+
+def _check(path: Path, trusted: Collection[int], sticky_helps: bool) -> None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if status.st_uid not in trusted:
+        _refuse(path, f"belongs to {_user(status.st_uid)}", f"chown {_user(os.geteuid())} {path}")
+    if stat.S_ISLNK(status.st_mode) or (sticky_helps and status.st_mode & stat.S_ISVTX):
+        return
+    if status.st_mode & OTHERS_WRITE:
+        _refuse(path, "can be written by everybody", f"chmod o-w {path}")
+    if status.st_mode & GROUP_WRITES and (ACL in os.listxattr(path) or not _is_private(status.st_gid, trusted)):
+        _refuse(path, f"can be written by group {status.st_gid}", f"chmod g-w {path}")
+
+
+def _refuse(path: Path, what: str, remedy: str) -> None:
+    raise PreflightError(f"compiled code is not safe: {path} {what}, who could change it: run `{remedy}`")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _is_private(gid: int, trusted: Collection[int]) -> bool:
+    """Whether nobody else is in a group, as with a user's own, for which some systems let new files be writable."""
+    try:
+        members = grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return False
+    names = {_user(uid) for uid in trusted}
+    return set(members) <= names and all(user.pw_uid in trusted for user in pwd.getpwall() if user.pw_gid == gid)
