@@ -193,7 +193,7 @@ def test_landlock_alone_keeps_files_closed() -> None:
         pytest.skip("this kernel has no Landlock")
     code = (
         "from pathlib import Path; from relay.confinement import capabilities, landlock;"
-        "capabilities.prctl(38, 1); assert landlock.restrict(readable=(Path('/proc'),));"
+        "capabilities.prctl(38, 1); assert landlock.restrict({Path('/proc'): landlock.READ});"
         "Path('/proc/self/stat').read_text(); Path('/etc/passwd').read_text()"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
