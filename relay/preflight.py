@@ -11,6 +11,7 @@ import psutil
 from logging_shm.sinks.selection import SinkError
 from relay.config import Options, parse_cores, sinks
 from relay.errors import PreflightError
+from relay.privileges import resolve_trusted_group
 from relay.supervisor.interfaces import snapshot
 
 KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
@@ -83,4 +84,5 @@ def check(options: Options) -> tuple[int, ...]:
     check_capabilities(int(effective[1], 16) if effective else 0)
     check_interfaces(options.interfaces)
     check_sinks(options)
+    resolve_trusted_group(options.socket_group)
     return choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))

@@ -15,6 +15,7 @@ import selectors
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -37,6 +38,7 @@ from relay.messages import (
     Restore,
     Workers,
 )
+from relay.privileges import resolve_trusted_group
 from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
@@ -55,6 +57,7 @@ STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes und
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
 DESCRIPTORS_WANTED = 1 << 20
+CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
 
@@ -75,6 +78,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._timers = Timers()
         self._rules: dict[str, Rule] = {}
+        self._carried_out: deque[str] = deque(maxlen=CARRIED_OUT_MAX)
         self._interfaces = interfaces.snapshot()
         self._stopping = False
         self._failed = False
@@ -129,7 +133,8 @@ class Supervisor:
     def _open_sockets(self) -> None:
         """Open the control socket, what wakes the loop, and the rings, which fill from now on."""
         path = config.socket_path(self._options.socket, self._options.instance)
-        listener = self._stack.enter_context(listening(path, self._log))
+        trusted_gid = resolve_trusted_group(self._options.socket_group)
+        listener = self._stack.enter_context(listening(path, self._log, self._options.socket_mode, trusted_gid))
         self._monitor = self._stack.enter_context(contextlib.closing(interfaces.InterfaceMonitor()))
         self._selector.register(self._monitor, selectors.EVENT_READ, self._on_interfaces)
         self._wakeup = self._stack.enter_context(_signal_socket())
@@ -140,7 +145,9 @@ class Supervisor:
         self._changes = Changes(self._fleet)
         self._sampler = Sampler(self._fleet)
         loop, options = (self._log, self._selector, self._timers), self._options
-        self._link = ControlPlaneLink(*loop, listener, self._owner, options.instance, self._greeting, self._obey)
+        self._link = ControlPlaneLink(
+            *loop, listener, self._owner, options.instance, self._greeting, self._obey, trusted_gid
+        )
         self._nursery = Nursery(self._fleet, *loop, self._owner, options.instance, options.idle)
 
     def _start(self) -> None:
@@ -247,7 +254,8 @@ class Supervisor:
 
     def _greeting(self) -> Iterator[msgspec.Struct]:
         """What a new control plane is told first: the active rules, then the configuration's."""
-        yield Restore(tuple(self._rules.values()), self._configured_ids, self._options.interfaces)
+        carried_out = tuple(self._carried_out)
+        yield Restore(tuple(self._rules.values()), self._configured_ids, self._options.interfaces, carried_out)
         yield Configure(self._configured)
 
     def _obey(self, request: object) -> None:
@@ -281,27 +289,36 @@ class Supervisor:
     def _apply(self, request: ApplyRules) -> None:
         """Queue a change of rules. Everything is checked again here: the control plane is less privileged."""
         former: dict[str, Rule] = {}
+        epoch = self._link.epoch
 
         def begin() -> list[str]:
+            if epoch != self._link.epoch:
+                raise RelayError("the control plane that asked has ended")  # the next was told rules without these
             former.update(self._rules)
-            wanted = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in request.remove}
+            gone = frozenset(request.remove)
+            wanted = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in gone}
             for rule in request.add:
                 wanted[rule.rule_id] = validate(rule)
             check_cycles(request.add, wanted, self._options.interfaces)
             warnings = self._fleet.begin(tuple(wanted.values()), self._interfaces, strict=True)
             self._rules = wanted
+            if request.configured is not None:
+                self._configured_ids = request.configured
+            if request.change_id is not None:
+                self._carried_out.append(request.change_id)
             return warnings + self._fleet.waiting({rule.rule_id for rule in request.add})
 
         def end(warnings: list[str]) -> None:
-            if request.configured is not None:
-                self._configured_ids = request.configured
             self._log_rules(former)
             self._log_warnings(warnings)
-            self._link.tell(Done(request.request_id, tuple(warnings)))
+            self._link.answer(epoch, Done(request.request_id, tuple(warnings)))
 
         def refuse(error: str) -> None:
-            self._link.tell(Refused(request.request_id, error))
+            self._link.answer(epoch, Refused(request.request_id, error))
 
+        if self._changes.is_full:
+            refuse("too many changes wait for their turn: try again")
+            return
         self._changes.add(Change(begin, end, refuse))
 
     def _log_rules(self, former: dict[str, Rule]) -> None:
