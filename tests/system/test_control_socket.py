@@ -218,6 +218,30 @@ def test_a_client_that_reads_nothing_or_never_ends_its_request_is_let_go(relay: 
     relay.stop()
 
 
+def test_clients_that_leave_large_answers_unread_cost_little_and_delay_nobody(relay: Relay, tmp_path: Path) -> None:
+    """Thirty clients ask for megabytes each, again and again, and read nothing."""
+    relay.add_many(tmp_path, [(f"r{k}", f"239.1.{k >> 8}.{k & 255}:1", "239.2.2.2:6001:right") for k in range(3000)])
+    plane = child(relay, CONTROL_PLANE)
+    with Client(relay.socket) as client:
+        size = len(str(client.ask(api.GetStats()).result))
+        before = plane.memory_info().rss
+        deaf = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(OF_A_USER_MAX - 2)]
+        for other in deaf:
+            other.connect(str(relay.socket))
+            other.sendall(b'{"type":"get-stats"}\n' * 100)
+        highest, took_s = before, []
+        for _ in range(10):
+            asked_s = time.monotonic()
+            assert len(client.ask(api.GetStats()).result["rules"]) == 3000
+            took_s.append(time.monotonic() - asked_s)
+            highest = max(highest, plane.memory_info().rss)
+        assert highest - before < 20 * size, (before, highest, size)
+    print(f"--- answers of {size} bytes after at most {max(took_s):.3f} s; {highest - before} bytes more than before")
+    for other in deaf:
+        other.close()
+    relay.stop()
+
+
 def test_a_user_without_a_place_is_told_and_an_idle_connection_gives_way(relay: Relay) -> None:
     idle = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(OF_A_USER_MAX)]
     for client in idle:
