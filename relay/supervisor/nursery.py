@@ -91,7 +91,7 @@ class Nursery:
         left = dict(self._pidfds)
         while left and time.monotonic() < deadline_s:
             self._await_exit(left, deadline_s)
-        for core in left:
+        for core in [core for core, pidfd in left.items() if not kin.has_ended(pidfd)]:
             worker = self._worker_of(core)
             self._log.error("Worker process did not end in time, killed", pid=worker.pid)
             self._kill(worker)
@@ -106,15 +106,33 @@ class Nursery:
         for pidfd in self._pidfds.values():
             os.close(pidfd)
 
-    @staticmethod
-    def _await_exit(pidfds: dict[int, int], deadline_s: float) -> None:
-        """Take out those of ended processes; waits for one at most until the deadline."""
+    def _await_exit(self, pidfds: dict[int, int], deadline_s: float) -> None:
+        """Take out those of ended processes that their template has waited for; waits for an event at most."""
         with selectors.DefaultSelector() as selector:
             for pidfd in pidfds.values():
-                selector.register(pidfd, selectors.EVENT_READ)
+                if not kin.has_ended(pidfd):
+                    selector.register(pidfd, selectors.EVENT_READ)
+            if self._channel is not None:
+                selector.register(self._channel, selectors.EVENT_READ)
             selector.select(max(deadline_s - time.monotonic(), 0))
-        for core in [core for core, pidfd in pidfds.items() if kin.has_ended(pidfd)]:
-            del pidfds[core]
+        self._discard_messages()
+        for core, pidfd in list(pidfds.items()):
+            if kin.was_waited_for(pidfd) or (self._is_orphan(core) and kin.has_ended(pidfd)):
+                del pidfds[core]
+
+    def _discard_messages(self) -> None:
+        try:
+            for _ in range(MESSAGES_A_TURN):
+                if self._channel is not None:
+                    self._channel.receive()
+        except BlockingIOError:
+            return
+        except (ChannelClosedError, msgspec.MsgspecError):
+            self._close_channel()
+
+    def _is_orphan(self, core: int) -> bool:
+        """Whether the template that was asked for the worker is gone, so that nobody tells of its exit."""
+        return self._channel is None or self._template is None or self._templates.get(core) != self._template.pid
 
     def _on_template(self) -> None:
         try:
@@ -243,7 +261,7 @@ class Nursery:
         """Hear no more of a worker; its template tells of its exit, if that one is still there."""
         self._selector.unregister(channel)
         worker.running = False
-        if self._channel is None or self._template is None or self._templates[worker.core] != self._template.pid:
+        if self._is_orphan(worker.core):
             self._kill(worker)
             self._on_exit(Exited(worker.core, worker.pid, 0))
         else:
