@@ -176,7 +176,8 @@ class Segment:
     def attach(cls, name: str, owners: Collection[int] | None = None) -> Self:
         """Map an existing segment; with `owners`, only one that belongs to one of these user ids.
 
-        Whoever owns a segment may truncate it, upon which reading it ends in SIGBUS: a service says whom it trusts.
+        Whoever owns a segment may truncate it, upon which reading it ends in SIGBUS: a service says whom it trusts, and
+        lives on after `truncation.survive_truncation`.
 
         Raises SegmentError when there is none, when others than its owner may write it, or it is not one of ours;
         OtherVersionError when it has another ABI version.

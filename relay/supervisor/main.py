@@ -23,6 +23,7 @@ import msgspec
 
 from logging_shm import Facility, LevelPolicy, SharedSPSCRingBuffer, SupervisorLogging
 from logging_shm.facility import segment_name
+from logging_shm.truncation import survive_truncation
 from relay import config
 from relay.config import Options
 from relay.errors import ExitCode, PreflightError, RelayError
@@ -121,6 +122,7 @@ class Supervisor:
         """Take hold of the instance's name: its segments, which tell a second relay that this one runs."""
         options, (uid, gid) = self._options, self._owner
         _raise_descriptor_limit()
+        survive_truncation()
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
         segments.refuse_living(options.instance, uid)
         lines = self._find_former(ring_bytes, fanout)

@@ -233,7 +233,7 @@ def make(frame: Any, meta: Any, sound: Any, lengths: Any, special: Any, ethertyp
         elif size == 1:
             meta.gso_size = dice(state, 0x10000)
         else:
-            meta.gso_size = 1 + length // (1 + dice(state, 70))
+            meta.gso_size = min(1 + length // (1 + dice(state, 70)), 0xFFFF)
     elif dice(state, 16) == 0:
         meta.gso_size = dice(state, 0x10000)
     meta.pkttype = dice(state, 5) if dice(state, 8) == 0 else 2

@@ -22,7 +22,7 @@ from logging_shm.sinks.file import FileSink
 from logging_shm.sinks.selection import Selection
 from relay.errors import PreflightError
 from relay.supervisor.segments import remove_stale
-from tests.fuzz import children
+from tests.fuzz import children, truncating
 from tests.fuzz.scribbler import scribbling
 from tests.logging_shm.command import mcrlog, mcrlog_alone, new_instance, ring_of
 from tests.logging_shm.remnants import SHM, clear
@@ -105,6 +105,15 @@ def watch(name: str) -> None:
     assert all(entry.message.isprintable() for entry in ring.last(10))
     ring.unread()
     ring.dropped()
+
+
+def test_a_segment_that_is_truncated_while_it_is_read_harms_nobody_else(tmp_path: Path, instance: str) -> None:
+    """In a child process: an access to a page that is not there any more is a SIGBUS."""
+    log = tmp_path / "log"
+    ended = children.run("truncating", "--instance", instance, "--log", str(log), progress=tmp_path / "progress")
+    assert ended.status == 0, f"status {ended.status} at record {ended.progress.number}\n{ended.output}"
+    lines = [line for line in log.read_text().splitlines() if "[Supervisor]" in line]
+    assert lines == [f"[Info] [Supervisor] {number}" for number in range(truncating.RECORDS)]
 
 
 def test_a_cursor_that_runs_away_holds_no_reader(instance: str) -> None:

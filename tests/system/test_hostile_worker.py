@@ -1,6 +1,7 @@
-"""A worker that was taken over writes any numbers into its counters: the supervisor reports them and goes on."""
+"""A worker that was taken over spoils its counters, or truncates its files: the supervisor tells counts and goes on."""
 
 import contextlib
+import os
 import struct
 from pathlib import Path
 
@@ -76,6 +77,21 @@ def test_numbers_at_the_limits_are_told_as_counts(relay: Relay, number: int) -> 
     assert_it_goes_on(relay)
     wait_until(lambda: relay.stats()["uptime_s"] > began_s + SAMPLES_S, "two samples were taken")
     assert_it_goes_on(relay)
+
+
+@pytest.mark.parametrize("length", [0, 4096, 10_000])
+def test_a_worker_that_truncates_its_segments_harms_nobody_else(relay: Relay, length: int) -> None:
+    """It owns the files, so it can; the supervisor maps them."""
+    core = Relay.cores(WORKERS)[-1]
+    files = sorted(SHM.glob(f"mcr_{relay.instance}_dp_c{core}_*"))
+    assert len(files) == 5
+    began_s = relay.stats()["uptime_s"]
+    for file in files:
+        os.truncate(file, length)
+    wait_until(lambda: relay.stats()["uptime_s"] > began_s + SAMPLES_S, "it is read all the time")
+    assert_it_goes_on(relay)
+    assert len([worker for worker in relay.ask("list-workers") if worker["state"] == "running"]) >= WORKERS - 1
+    relay.stop()
 
 
 def test_a_worker_that_scribbles_in_its_counters_harms_nobody(relay: Relay) -> None:
