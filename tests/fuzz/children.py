@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-STALL_S = 60.0  # without progress, on a machine that has other things to do
+STALL_S = 180.0  # without progress, on a machine that has other things to do
 POLL_S = 0.02
 PROGRESS_BYTES = 1 << 17
 _COUNT = struct.Struct("<q")
