@@ -44,7 +44,7 @@ soak: setup ## the log's long run: 100 million records between two processes, 10
 	@MCR_STRESS_RECORDS=100000000 MCR_STRESS_KILLS=10000 $(BIN)/python -m pytest -o timeout=7200 tests/logging_shm/test_stress.py $(ARGS)
 
 # What is unset is as long as the long run; a time given with --minutes takes the place of frames and segments.
-FUZZ := tests/fuzz tests/system/test_hostile_worker.py $(wildcard tests/system/test_control_socket.py)
+FUZZ := tests/fuzz tests/system/test_hostile_worker.py tests/relay/test_framing.py $(wildcard tests/system/test_control_socket.py)
 fuzz: setup ## the fuzz tests' long run: frames, segments, counters, messages (as root) [ARGS="--minutes 10"]
 	@MCR_FUZZ_FRAMES=$${MCR_FUZZ_FRAMES:-10000000} MCR_FUZZ_SEGMENTS=$${MCR_FUZZ_SEGMENTS:-1000000} \
 		MCR_FUZZ_MESSAGES=$${MCR_FUZZ_MESSAGES:-1000000} $(BIN)/python -m pytest -o timeout=7200 -rP $(FUZZ) $(ARGS)
