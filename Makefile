@@ -40,8 +40,10 @@ bench: setup ## the relay beside its peers: throughput, CPU, latency … (as roo
 bench-log: setup ## what a log record costs, beside other libraries, and what the relay pays for it (as root)
 	@$(BIN)/python -m tools.bench.logging $(ARGS)
 
-soak: setup ## the log's long run: 100 million records between two processes, 10 000 killed writers
-	@MCR_STRESS_RECORDS=100000000 MCR_STRESS_KILLS=10000 $(BIN)/python -m pytest -o timeout=7200 tests/logging_shm/test_stress.py $(ARGS)
+soak: setup ## faults at random under traffic (as root) [ARGS="--minutes 60"]; 100 million log records, 10 000 killed writers
+	@MCR_STRESS_RECORDS=$${MCR_STRESS_RECORDS:-100000000} MCR_STRESS_KILLS=$${MCR_STRESS_KILLS:-10000} \
+		$(BIN)/python -m pytest -o timeout=86400 -rP tests/system/test_soak.py tests/logging_shm/test_stress.py \
+		$(or $(ARGS),--minutes 10)
 
 # What is unset is as long as the long run; a time given with --minutes takes the place of frames and segments.
 FUZZ := tests/fuzz tests/system/test_hostile_worker.py tests/relay/test_framing.py $(wildcard tests/system/test_control_socket.py)

@@ -15,5 +15,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """For the fuzz tests."""
-    parser.addoption("--minutes", type=float, default=0.0, help="each fuzz test goes on for so long, not for a count")
+    """For the fuzz and soak tests."""
+    parser.addoption("--minutes", type=float, default=0.0, help="each fuzz or soak test goes on for so long")
