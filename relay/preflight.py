@@ -44,7 +44,7 @@ def check_io_uring() -> None:
     if descriptor < 0:
         raise PreflightError(
             f"io_uring is refused: {os.strerror(ctypes.get_errno())}: a seccomp filter forbids it, as containers' do, "
-            "or memory is short: allow io_uring_setup, io_uring_enter and io_uring_register"
+            "or RLIMIT_MEMLOCK is low: allow io_uring_setup, io_uring_enter and io_uring_register, raise the limit"
         )
     os.close(descriptor)
 

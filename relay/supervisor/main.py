@@ -66,7 +66,11 @@ STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes und
 CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
-DESCRIPTORS_WANTED = 1 << 20
+LIMITS_WANTED = {
+    resource.RLIMIT_NOFILE: 1 << 20,  # sockets of thousands of outputs
+    resource.RLIMIT_MEMLOCK: resource.RLIM_INFINITY,  # io_uring, of workers without privileges
+    resource.RLIMIT_NPROC: resource.RLIM_INFINITY,  # workers, whatever else their user runs
+}
 CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
@@ -123,7 +127,7 @@ class Supervisor:
     def _open_logs(self) -> None:
         """Take hold of the instance's name: its segments, which tell a second relay that this one runs."""
         options, (uid, gid) = self._options, self._owner
-        _raise_descriptor_limit()
+        _raise_limits()
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
         segments.refuse_living(options.instance, uid)
         lines = self._find_former(ring_bytes, fanout)
@@ -489,10 +493,11 @@ def _signal_socket() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(former)
 
 
-def _raise_descriptor_limit() -> None:
-    """Sockets of thousands of outputs: as many as wanted where the process may, else the hard limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (DESCRIPTORS_WANTED, hard):
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(limit, hard)))
-            return
+def _raise_limits() -> None:
+    """As many as wanted where the process may, else the hard limit. Children inherit them."""
+    for kind, wanted in LIMITS_WANTED.items():
+        _, hard = resource.getrlimit(kind)
+        for limits in ((wanted, wanted), (hard, hard)):
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(kind, limits)
+                break
