@@ -4,26 +4,36 @@
 {"ok": true, "result": {"version": "0.1.0"}, "warnings": []}
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
-from relay.rules import Rule
+from relay.rules import RULES_MAX, Rule, Text
 
 REQUEST_BYTES_MAX = 16 << 20  # RULES_MAX rules of some outputs each
+LOOK_BYTES_MAX = 4096  # of who may not change anything: no such request is longer
+CHANGE_ID_CHARS_MAX = 64
+
+ChangeId = Annotated[str, Meta(min_length=1, max_length=CHANGE_ID_CHARS_MAX)]
 
 
 class AddRules(msgspec.Struct, tag="add-rules", forbid_unknown_fields=True):
-    """Make these rules active, all or none."""
+    """Make these rules active, all or none.
 
-    rules: tuple[Rule, ...]
+    A client that got no answer may ask again with the same `change_id`: what was carried out is not done twice.
+    """
+
+    rules: Annotated[tuple[Rule, ...], Meta(max_length=RULES_MAX)]
     replace: bool = False
+    change_id: ChangeId | None = None
 
 
 class RemoveRules(msgspec.Struct, tag="remove-rules", forbid_unknown_fields=True):
-    """Remove these rules, all or none."""
+    """Remove these rules, all or none. `change_id` as for AddRules."""
 
-    rule_ids: tuple[str, ...]
+    rule_ids: Annotated[tuple[Text, ...], Meta(max_length=RULES_MAX)]
+    change_id: ChangeId | None = None
 
 
 class ListRules(msgspec.Struct, tag="list-rules", forbid_unknown_fields=True):
@@ -49,9 +59,9 @@ class Restart(msgspec.Struct, tag="restart", forbid_unknown_fields=True):
 class LogLevel(msgspec.Struct, tag="log-level", forbid_unknown_fields=True):
     """The log levels of rings, changed first when `level` is given."""
 
-    level: str | None = None
-    facility: str | None = None
-    core: int | None = None
+    level: Annotated[str, Meta(max_length=32)] | None = None
+    facility: Annotated[str, Meta(max_length=32)] | None = None
+    core: Annotated[int, Meta(ge=0, le=1023)] | None = None
 
 
 Request = AddRules | RemoveRules | ListRules | GetStats | ListWorkers | Ping | LogLevel | Restart

@@ -40,6 +40,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     instance: Annotated[str, Meta(pattern=f"^{INSTANCE}$")] | None = None
     socket: str | None = None
     state: str | None = None  # a file that keeps rules added at run time over restarts; None: until a clean stop
+    socket_mode: Annotated[str, Meta(pattern=r"\A0?[0-7]{3}\Z")] | None = None  # None: 0660 with a group, else 0666
+    socket_group: str | None = None  # owns the control socket, and its members may change things
     fanout: FanoutMode = "hash"
     exclusive: bool = False  # relayed datagrams stay away from the host's own stack
     ring_mib: Annotated[int, Meta(ge=1, le=RING_MIB_MAX)] = 16
@@ -122,6 +124,8 @@ def _allowed(path: str) -> str:
     """The values that an option allows, when they are a list of words."""
     annotation = Options.__annotations__.get(path.removeprefix("$."))
     words = get_args(annotation) if get_origin(annotation) is Literal else ()
+    if path == "$.socket_mode":
+        return '; give octal digits such as "0660"'
     return f"; allowed are {', '.join(words)}" if words else ""
 
 

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from relay.framing import decode
+
 PACKET_BYTES_MAX = 65_536
 DESCRIPTORS_MAX = 200  # a message; the kernel's limit is SCM_MAX_FD, 253
 
@@ -22,10 +24,14 @@ class ChannelClosedError(Exception):
 
 
 class Channel(Generic[Incoming]):
-    """One end of a socket pair. `incoming` is the union of message types that may arrive here."""
+    """One end of a socket pair. `incoming` is the union of message types that may arrive here.
 
-    def __init__(self, end: socket.socket, incoming: Any) -> None:
+    With `descriptors_max` 0 the kernel never installs a descriptor that the other side sends; it is an error.
+    """
+
+    def __init__(self, end: socket.socket, incoming: Any, descriptors_max: int = DESCRIPTORS_MAX) -> None:
         self._socket = end
+        self._control_bytes = socket.CMSG_SPACE(descriptors_max * array.array("i").itemsize) if descriptors_max else 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(incoming)
 
@@ -54,9 +60,7 @@ class Channel(Generic[Incoming]):
         """
         descriptors = array.array("i")
         try:
-            payload, control, flags, _ = self._socket.recvmsg(
-                PACKET_BYTES_MAX, socket.CMSG_SPACE(DESCRIPTORS_MAX * descriptors.itemsize)
-            )
+            payload, control, flags, _ = self._socket.recvmsg(PACKET_BYTES_MAX, self._control_bytes)
         except ConnectionResetError as error:
             raise ChannelClosedError from error
         for level, kind, data in control:
@@ -66,9 +70,12 @@ class Channel(Generic[Incoming]):
         if not payload:
             raise ChannelClosedError
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise msgspec.ValidationError("message or descriptors were cut")
-            return self._decoder.decode(payload), owned
+            if flags & socket.MSG_TRUNC:
+                raise msgspec.ValidationError(f"a message over the limit of {PACKET_BYTES_MAX} bytes")
+            if flags & socket.MSG_CTRUNC:
+                raise msgspec.ValidationError("descriptors that nobody asked for")
+            message: Incoming = decode(self._decoder, payload)
+            return message, owned
         except msgspec.MsgspecError:
             for descriptor in owned:
                 os.close(descriptor)
@@ -80,7 +87,7 @@ class Channel(Generic[Incoming]):
 
 
 def channel_pair(ours: Any, non_blocking: bool = True) -> tuple[Channel[Incoming], socket.socket]:
-    """A channel that receives `ours`, and the raw other end to hand over."""
+    """A channel that receives `ours`, and no descriptor, and the raw other end to hand over."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.setblocking(not non_blocking)
-    return Channel(near, ours), far
+    return Channel(near, ours, descriptors_max=0), far

@@ -21,10 +21,22 @@ def encode(message: msgspec.Struct) -> bytes:
     return LENGTH.pack(len(payload)) + payload
 
 
-class FrameBuffer:
-    """Collects received bytes; `feed` returns the messages they complete. `incoming` is their union type."""
+def decode(decoder: "msgspec.msgpack.Decoder[Any] | msgspec.json.Decoder[Any]", payload: bytes | bytearray) -> Any:
+    """As the decoder does, with msgspec.DecodeError for all that is no such message: it raises two others besides."""
+    try:
+        return decoder.decode(payload)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
-    def __init__(self, incoming: Any) -> None:
+
+class FrameBuffer:
+    """Collects received bytes; `feed` returns the messages they complete. `incoming` is their union type.
+
+    Memory grows with what was received, never with what a length announces.
+    """
+
+    def __init__(self, incoming: Any, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._frame_bytes_max = frame_bytes_max
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self._pending = bytearray()
 
@@ -34,11 +46,11 @@ class FrameBuffer:
         messages = []
         while len(self._pending) >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._pending)
-            if length > FRAME_BYTES_MAX:
-                raise msgspec.DecodeError(f"a message of {length} bytes is over the limit")
+            if length > self._frame_bytes_max:
+                raise msgspec.DecodeError(f"a message of {length} bytes is over the limit of {self._frame_bytes_max}")
             end = LENGTH.size + length
             if len(self._pending) < end:
                 break
-            messages.append(self._decoder.decode(self._pending[LENGTH.size : end]))
+            messages.append(decode(self._decoder, self._pending[LENGTH.size : end]))
             del self._pending[:end]
         return messages

@@ -1,12 +1,28 @@
 """Typed messages between the supervisor and its children, and their answers.
 
-Framing: SOCK_STREAM unix socket pair, u32 little-endian length, then msgpack. The supervisor
-side checks every field again (msgspec constraints), as children are less privileged than it.
+Framing: SOCK_STREAM unix socket pair, u32 little-endian length, then msgpack. Children are less privileged than the
+supervisor, so what they send it has bounds here, which the decoder checks; whether it fits the state is checked where
+it is used (link.py, nursery.py), and rules are validated again (main.py).
 """
 
-import msgspec
+from typing import Annotated
 
-from relay.rules import Rule
+import msgspec
+from msgspec import Meta
+
+from relay.api import ChangeId
+from relay.rules import RULE_ID_CHARS_MAX, RULES_MAX, Rule
+
+PID_MAX = 1 << 22  # PID_MAX_LIMIT, linux/threads.h
+CORE_MAX = 1023  # CPU_SETSIZE of sched.h less one
+
+Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Core = Annotated[int, Meta(ge=0, le=CORE_MAX)]
+Pid = Annotated[int, Meta(ge=1, le=PID_MAX)]
+Word = Annotated[str, Meta(max_length=32)]
+RuleId = Annotated[str, Meta(max_length=RULE_ID_CHARS_MAX, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._:@-]*\Z")]
+RuleIds = Annotated[tuple[RuleId, ...], Meta(max_length=RULES_MAX)]
+Rules = Annotated[tuple[Rule, ...], Meta(max_length=RULES_MAX)]
 
 
 class ApplyRules(msgspec.Struct, tag=True):
@@ -15,33 +31,34 @@ class ApplyRules(msgspec.Struct, tag=True):
     `remove` names rules to drop before `add` is installed; a replaced rule stands in both.
     """
 
-    request_id: int
-    add: tuple[Rule, ...] = ()
-    remove: tuple[str, ...] = ()
-    configured: tuple[str, ...] | None = None  # given when the configuration asked: its rules' ids
+    request_id: Number
+    add: Rules = ()
+    remove: RuleIds = ()
+    configured: RuleIds | None = None  # given when the configuration asked: its rules' ids
+    change_id: ChangeId | None = None  # given by a client that may ask again, which is not carried out twice
 
 
 class GetStats(msgspec.Struct, tag=True):
-    request_id: int
+    request_id: Number
 
 
 class ListWorkers(msgspec.Struct, tag=True):
-    request_id: int
+    request_id: Number
 
 
 class LogLevel(msgspec.Struct, tag=True):
     """Get (level None) or set the level, of all rings or of one facility and/or core."""
 
-    request_id: int
-    level: str | None = None
-    facility: str | None = None
-    core: int | None = None
+    request_id: Number
+    level: Word | None = None
+    facility: Word | None = None
+    core: Core | None = None
 
 
 class Restart(msgspec.Struct, tag=True):
     """Start the supervisor anew, as another version may be installed; workers relay meanwhile."""
 
-    request_id: int
+    request_id: Number
 
 
 class OutputStats(msgspec.Struct):
@@ -126,6 +143,7 @@ class Restore(msgspec.Struct, tag=True):
     rules: tuple[Rule, ...] = ()
     configured: tuple[str, ...] = ()  # ids of those that the configuration put there
     interfaces: tuple[str, ...] = ()  # the relay's default ingress interfaces
+    carried_out: tuple[str, ...] = ()  # ids of clients' changes that need no second time, the oldest first
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -157,16 +175,18 @@ class Spawn(msgspec.Struct, tag=True):
 
 
 class Spawned(msgspec.Struct, tag=True):
-    core: int
-    pid: int
+    """Template → supervisor: forked. The pid is checked (kin.py) before anything is done to it."""
+
+    core: Core
+    pid: Pid
 
 
 class Exited(msgspec.Struct, tag=True):
     """A worker ended; `status` as from waitpid."""
 
-    core: int
-    pid: int
-    status: int
+    core: Core
+    pid: Pid
+    status: Annotated[int, Meta(ge=0, le=0xFFFF)]
 
 
 class TemplateReady(msgspec.Struct, tag=True):
@@ -211,7 +231,7 @@ class Started(msgspec.Struct, tag=True):
 class TableInUse(msgspec.Struct, tag=True):
     """Worker → supervisor: no packet is handled by an older table any more."""
 
-    generation: int
+    generation: Number
 
 
 # --- what outlives the supervisor, relay/supervisor/keeper.py and orphans.py ------------------------
@@ -243,6 +263,10 @@ class KeptAll(msgspec.Struct, tag=True):
     """Template → the next supervisor: that was all."""
 
 
+class Outlive(msgspec.Struct, tag=True):
+    """Supervisor → worker: the next supervisor could take over now, so go on when this one is gone."""
+
+
 class Drain(msgspec.Struct, tag=True):
     """Supervisor → worker: let nothing more in, relay what the rings hold, end."""
 
@@ -250,5 +274,5 @@ class Drain(msgspec.Struct, tag=True):
 ToTemplate = Spawn | Keep | Forget | Leave
 FromTemplate = Spawned | Exited | TemplateReady
 FromOrphans = Kept | KeptAll | Exited
-ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Drain
+ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Outlive | Drain
 FromWorker = Started | TableInUse

@@ -12,6 +12,7 @@ from logging_shm.sinks.selection import SinkError
 from relay.config import Options, parse_cores, sinks
 from relay.dataplane import CACHE_DIRECTORY
 from relay.errors import PreflightError
+from relay.privileges import resolve_trusted_group
 from relay.supervisor.interfaces import snapshot
 from relay.trust import check_cache, trusted_uids
 
@@ -86,4 +87,5 @@ def check(options: Options) -> tuple[int, ...]:
     check_cache(CACHE_DIRECTORY, trusted_uids())
     check_interfaces(options.interfaces)
     check_sinks(options)
+    resolve_trusted_group(options.socket_group)
     return choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))

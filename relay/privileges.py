@@ -72,3 +72,26 @@ def resolve_user(user: str | None, group: str | None) -> tuple[int, int]:
         return entry.pw_uid, grp.getgrnam(group).gr_gid
     except KeyError as error:
         raise PreflightError(f"no group {group!r}: choose an existing one with --group") from error
+
+
+def resolve_trusted_group(name: str | None) -> int | None:
+    """The gid of the group whose members may change things; None for none.
+
+    Raises PreflightError for one that does not exist, or that stands for every unknown group.
+    """
+    import grp
+
+    if name is None:
+        return None
+    try:
+        gid = grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise PreflightError(f"no group {name!r}: choose an existing one with --socket-group") from error
+    if gid == overflow_id("gid"):
+        raise PreflightError(f"group {name!r} stands for every group that is not known here: choose another")
+    return gid
+
+
+def overflow_id(kind: str) -> int:
+    """The "uid" or "gid" that the kernel shows for one that is not mapped here. man 7 user_namespaces."""
+    return int(Path(f"/proc/sys/kernel/overflow{kind}").read_text())

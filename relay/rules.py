@@ -9,10 +9,12 @@ import ipaddress
 import re
 import socket
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from relay.errors import RuleError
 
@@ -22,14 +24,23 @@ PORT_MAX = 65_535
 TTL_MAX = 255
 DSCP_MAX = 63  # RFC 2474: six bits
 OUTPUTS_OF_A_RULE_MAX = 1024
+RULES_MAX = 16_384  # both as relay/dataplane/layout.py has them; this module must not load numpy
+OUTPUTS_MAX = 32_768
+INTERFACE = re.compile(r"[^\s/:\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ less the end, dev_valid_name() in net/core/dev.c
+TEXT_CHARS_MAX = 256  # of any field as it arrives; `validate` says what is really allowed
+WARNINGS_MAX = 100  # of one kind, for one change
+CYCLE_SHOWN_MAX = 10
+CHAIN_PAIRS_MAX = 100_000  # looked at for warnings: thousands of rules may all feed thousands of others
+
+Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 
 
 class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One destination of a rule: an IPv4 `group` (multicast or unicast), `port`, egress `interface`."""
 
-    group: str
+    group: Text
     port: int
-    interface: str
+    interface: Text
     ttl: int | Literal["decrement"] | None = None  # None: 1 for multicast, the host's default for unicast
     dscp: int | None = None
 
@@ -37,12 +48,12 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Datagrams to `input_group`:`input_port` leave once through each output."""
 
-    rule_id: str = ""  # "": named after its content
-    input_group: str
+    rule_id: Text = ""  # "": named after its content
+    input_group: Text
     input_port: int
-    outputs: tuple[Output, ...]
-    input_interface: str | None = None  # None: every interface of the relay
-    source: str | None = None  # IPv4 address; None: any
+    outputs: Annotated[tuple[Output, ...], Meta(max_length=OUTPUTS_OF_A_RULE_MAX)]
+    input_interface: Text | None = None  # None: every interface of the relay
+    source: Text | None = None  # IPv4 address; None: any
     preserve_source: bool = False
 
 
@@ -112,7 +123,13 @@ def _check_port(what: str, port: int) -> None:
         raise RuleError(f"{what} {port}: give a port from 1 to {PORT_MAX}")
 
 
+def _check_interface(what: str, name: str) -> None:
+    if not INTERFACE.fullmatch(name) or name in (".", ".."):
+        raise RuleError(f"{what} {name!r}: give an interface's name, up to 15 characters without space, / or :")
+
+
 def _check_output(output: Output) -> None:
+    _check_interface("output interface", output.interface)
     _check_address("output group", output.group)
     _check_port("output port", output.port)
     if isinstance(output.ttl, int) and not 1 <= output.ttl <= TTL_MAX:
@@ -133,17 +150,30 @@ def validate(rule: Rule) -> Rule:
         )
     _check_address("input group", rule.input_group)
     _check_port("input port", rule.input_port)
+    if rule.input_interface is not None:
+        _check_interface("input interface", rule.input_interface)
     if rule.source is not None and _check_address("source", rule.source).is_multicast:
         raise RuleError(f"source {rule.source} is a multicast group: give a sender's unicast address")
     if not 1 <= len(rule.outputs) <= OUTPUTS_OF_A_RULE_MAX:
         raise RuleError(f"rule {rule.rule_id}: {len(rule.outputs)} outputs; give from 1 to {OUTPUTS_OF_A_RULE_MAX}")
     for output in rule.outputs:
         _check_output(output)
-    places = [output_name(output) for output in rule.outputs]
-    for place in places:
-        if places.count(place) > 1:
+    places: set[str] = set()
+    for place in map(output_name, rule.outputs):
+        if place in places:
             raise RuleError(f"rule {rule.rule_id}: output {place} is given twice: remove one")
+        places.add(place)
     return rule
+
+
+def check_room(rules: Iterable[Rule]) -> None:
+    """Raises RuleError when these are more than a relay holds."""
+    sizes = [len(rule.outputs) for rule in rules]
+    if len(sizes) > RULES_MAX or sum(sizes) > OUTPUTS_MAX:
+        raise RuleError(
+            f"{len(sizes)} rules with {sum(sizes)} outputs are over the limits of "
+            f"{RULES_MAX} rules and {OUTPUTS_MAX} outputs"
+        )
 
 
 Graph = Mapping[tuple[str, int], Sequence[Rule]]
@@ -170,19 +200,45 @@ def group_by_input(rules: Iterable[Rule]) -> dict[tuple[str, int], list[Rule]]:
     return dict(by_input)
 
 
-def find_cycle(start: Rule, by_input: Graph, interfaces: Sequence[str]) -> list[str]:
-    """The ids of a cycle of outputs feeding inputs that leads from `start` back to it, or []."""
-    stack = [(start, [start.rule_id])]
-    seen: set[str] = set()
-    while stack:
-        rule, path = stack.pop()
-        for follower in _successors(rule, by_input, interfaces):
-            if follower.rule_id == start.rule_id:
-                return [*path, start.rule_id]
-            if follower.rule_id not in seen:
-                seen.add(follower.rule_id)
-                stack.append((follower, [*path, follower.rule_id]))
+Place = tuple[str, int, str]  # group, port, interface: where an output may feed an input
+
+
+def find_cycle(added: Iterable[Rule], by_input: Graph, interfaces: Sequence[str]) -> list[str]:
+    """The ids of a cycle of outputs feeding inputs that can be reached from `added`, its first again at the end, or [].
+
+    Depth first, each rule and each place entered once, as thousands of rules may share an input.
+    """
+    is_open: dict[str | Place, bool] = {}
+    for start in added:
+        if start.rule_id in is_open:
+            continue
+        path: list[str | Place] = [start.rule_id]
+        is_open[start.rule_id] = True
+        stack: list[Iterator[Rule | Place]] = [_places(start)]
+        while stack:
+            entered = next(stack[-1], None)
+            if entered is None:
+                stack.pop()
+                is_open[path.pop()] = False
+                continue
+            node = entered.rule_id if isinstance(entered, Rule) else entered
+            if is_open.get(node):
+                ids = [passed for passed in path[path.index(node) :] if isinstance(passed, str)]
+                return [*ids, ids[0]]
+            if node not in is_open:
+                is_open[node] = True
+                path.append(node)
+                stack.append(_places(entered) if isinstance(entered, Rule) else _fed(entered, by_input, interfaces))
     return []
+
+
+def _places(rule: Rule) -> Iterator[Place]:
+    return ((output.group, output.port, output.interface) for output in rule.outputs)
+
+
+def _fed(place: Place, by_input: Graph, interfaces: Sequence[str]) -> Iterator[Rule]:
+    group, port, interface = place
+    return (rule for rule in by_input.get((group, port), ()) if _takes_from(rule, interface, interfaces))
 
 
 def check_cycles(added: Iterable[Rule], rules: Mapping[str, Rule], interfaces: Sequence[str]) -> None:
@@ -190,22 +246,26 @@ def check_cycles(added: Iterable[Rule], rules: Mapping[str, Rule], interfaces: S
 
     `interfaces` are the relay's own, on which a rule without an input interface listens.
     """
-    by_input = group_by_input(rules.values())
-    for rule in added:
-        cycle = find_cycle(rule, by_input, interfaces)
-        if len(cycle) == 2:
-            raise RuleError(
-                f"rule {rule.rule_id}: an output equals its input on the same interface, a loop: "
-                "choose another group, port or interface"
-            )
-        if cycle:
-            raise RuleError(f"cycle through rules {' -> '.join(cycle)}: change an output of one of them")
+    cycle = find_cycle(added, group_by_input(rules.values()), interfaces)
+    if len(cycle) == 2:
+        raise RuleError(
+            f"rule {cycle[0]}: an output equals its input on the same interface, a loop: "
+            "choose another group, port or interface"
+        )
+    if cycle:
+        raise RuleError(f"cycle through rules {_shortened(cycle)}: change an output of one of them")
+
+
+def _shortened(cycle: Sequence[str]) -> str:
+    """A cycle's rules in order, the middle of a long one left out."""
+    shown = list(cycle) if len(cycle) <= CYCLE_SHOWN_MAX else [*cycle[: CYCLE_SHOWN_MAX - 2], "…", cycle[-1]]
+    return " -> ".join(shown)
 
 
 def chain_warnings(added: Sequence[Rule], rules: Mapping[str, Rule], interfaces: Sequence[str]) -> list[str]:
     """Outputs that feed another rule of this relay, where one of both is in `added`.
 
-    They are legal, but what leaves here is never taken in again.
+    They are legal, but what leaves here is never taken in again. WARNINGS_MAX of them are enough to read.
     """
     by_input = group_by_input(rules.values())
     by_output: dict[tuple[str, int], list[Rule]] = defaultdict(list)
@@ -214,15 +274,19 @@ def chain_warnings(added: Sequence[Rule], rules: Mapping[str, Rule], interfaces:
             by_output[output.group, output.port].append(rule)
     ids = {rule.rule_id for rule in added}
     senders = {rule.rule_id: rule for rule in added}
-    for rule in added:
-        senders |= {sender.rule_id: sender for sender in by_output[rule.input_group, rule.input_port]}
-    return [
-        f"rule {sender.rule_id} sends what rule {follower.rule_id} listens to: "
-        "the relay never takes in what it sent itself"
+    for place in {(rule.input_group, rule.input_port) for rule in added}:
+        senders |= {sender.rule_id: sender for sender in by_output[place]}
+    pairs = (
+        (sender.rule_id, follower.rule_id)
         for sender in senders.values()
         for follower in _successors(sender, by_input, interfaces)
-        if sender.rule_id in ids or follower.rule_id in ids
-    ]
+    )
+    warnings = (
+        f"rule {sender} sends what rule {follower} listens to: the relay never takes in what it sent itself"
+        for sender, follower in islice(pairs, CHAIN_PAIRS_MAX)
+        if sender in ids or follower in ids
+    )
+    return list(islice(warnings, WARNINGS_MAX))
 
 
 def named(rule: Rule) -> Rule:

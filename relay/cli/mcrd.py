@@ -38,6 +38,8 @@ def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tupl
 @click.option("--instance", metavar="NAME", help="Name of this relay, to run several on a host.")
 @click.option("--socket", metavar="PATH", help="Control socket. [default: /run/mcr/control.sock]")
 @click.option("--state", metavar="FILE", help="Keep rules added at run time here, for the next start.")
+@click.option("--socket-mode", metavar="MODE", help="Who may connect. [default: 0666, 0660 with --socket-group]")
+@click.option("--socket-group", metavar="NAME", help="Its members may change things, as root may. [default: none]")
 @click.option("--fanout", type=click.Choice(["hash", "cpu", "qm"]), help="How workers share it. [default: hash]")
 @click.option("--exclusive", is_flag=True, default=None, help="Only the relay gets what it relays: less CPU.")
 @click.option("--ring-mib", type=int, help="Packet ring for each worker and interface. [default: 16]")

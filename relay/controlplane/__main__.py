@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import os
 import signal
 import socket
 
 from logging_shm import ControlPlaneLogging, Facility
+from relay.controlplane.authorise import Access
 from relay.controlplane.server import ControlPlane
 from relay.privileges import drop_to
 
@@ -18,6 +20,7 @@ def main() -> None:
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
     parser.add_argument("--instance")
+    parser.add_argument("--trusted-gid", type=int)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -27,6 +30,7 @@ def main() -> None:
             logging.logger(Facility.ControlPlane),
             socket.socket(fileno=arguments.supervisor_fd),
             socket.socket(fileno=arguments.listener_fd),
+            Access(os.getuid(), arguments.trusted_gid),
         )
         asyncio.run(plane.run())
 

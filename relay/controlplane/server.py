@@ -6,10 +6,10 @@ made one after the other, each all or nothing.
 """
 
 import asyncio
+import contextlib
 import itertools
-import os
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -18,22 +18,26 @@ from logging_shm import Logger
 from relay import api, framing, messages
 from relay.config import validate_unnamed
 from relay.confinement.roles import confine_control_plane
-from relay.controlplane.authorise import authorise, peer_uid
+from relay.controlplane.authorise import Access, Peer, authorise
+from relay.controlplane.clients import CHUNK_BYTES, Clients, encode
 from relay.controlplane.interfaces import Interfaces
+from relay.controlplane.rounds import Rounds
 from relay.errors import ControlError, RelayError
-from relay.rules import Rule, chain_warnings, check_cycles, merge, named
+from relay.rules import Rule, chain_warnings, check_cycles, check_room, merge, named
 from relay.version import VERSION
 
 RECEIVE_BYTES = 1 << 20
+CHANGES_MAX = 16  # under way and waiting for it; fewer than a user has connections
+CARRIED_OUT_MAX = 4096  # ids of clients' changes that are remembered, as the supervisor does
 
 
 class ControlPlane:
     """The rule set, the clients, and the stream to the supervisor."""
 
-    def __init__(self, log: Logger, supervisor: socket.socket, listener: socket.socket) -> None:
+    def __init__(self, log: Logger, supervisor: socket.socket, listener: socket.socket, access: Access) -> None:
         self._log = log
         self._supervisor_socket = supervisor
-        self._listener = listener
+        self._clients = Clients(log, listener, access, self._reply)
         self._rules: dict[str, Rule] = {}
         self._configured: set[str] = set()
         self._interfaces: tuple[str, ...] = ()
@@ -42,23 +46,29 @@ class ControlPlane:
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._kernel = Interfaces()
+        self._changes = 0
+        self._carried_out: dict[str, None] = {}  # the oldest first
+        self._large = asyncio.Lock()
         self._decoder = msgspec.json.Decoder(api.Request)
-        self._encoder = msgspec.json.Encoder()
+        # Answers that grow with the rules: one for all who wait.
+        self._rounds = {
+            api.ListRules: Rounds(self._list_rules),
+            api.GetStats: Rounds(self._get_stats),
+            api.ListWorkers: Rounds(self._list_workers),
+        }
 
     async def run(self) -> None:
-        """Serve until the supervisor's stream ends."""
+        """Serve until the supervisor's stream ends: from its first message on, which tells what rules there are."""
         reader, self._supervisor = await asyncio.open_connection(sock=self._supervisor_socket)
-        server = await asyncio.start_unix_server(self._serve, sock=self._listener, limit=api.REQUEST_BYTES_MAX)
         if not confine_control_plane():
             self._log.warning("No seccomp filter: this kernel or machine has none for it")
-        self._log.info("Control plane worker started")
-        self._send(messages.Ready())
         buffer = framing.FrameBuffer(messages.ToControlPlane)
-        while received := await reader.read(RECEIVE_BYTES):
-            for message in buffer.feed(received):
-                self._on_message(message)
+        with contextlib.suppress(ConnectionError):  # it ended with requests of ours unread
+            while received := await reader.read(RECEIVE_BYTES):
+                for message in buffer.feed(received):
+                    self._on_message(message)
         self._log.info("Supervisor stream closed")
-        server.close()
+        self._clients.stop()
 
     # --- supervisor -------------------------------------------------------------------------------
 
@@ -71,6 +81,10 @@ class ControlPlane:
                 self._rules = {rule.rule_id: rule for rule in message.rules}
                 self._configured = set(message.configured)
                 self._interfaces = message.interfaces
+                self._carried_out = dict.fromkeys(message.carried_out)
+                self._log.info("Control plane worker started")
+                self._send(messages.Ready())
+                self._clients.start()
             case messages.Configure():
                 task = asyncio.create_task(self._configure(message.rules))
                 self._tasks.add(task)
@@ -104,62 +118,60 @@ class ControlPlane:
             self._log.error(f"Configuration refused: {error}")
 
     async def _change(
-        self, add: tuple[Rule, ...], remove: tuple[str, ...], configured: tuple[str, ...] | None = None
+        self,
+        add: tuple[Rule, ...],
+        remove: tuple[str, ...],
+        configured: tuple[str, ...] | None = None,
+        change_id: str | None = None,
     ) -> list[str]:
         """Let the supervisor change rules; return warnings. Raises RelayError, and nothing is changed then."""
-        after = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in remove}
+        gone = frozenset(remove)
+        after = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in gone}
         after |= {rule.rule_id: rule for rule in add}
+        check_room(after.values())
         check_cycles(add, after, self._interfaces)
-        done = await self._ask(lambda number: messages.ApplyRules(number, add, remove, configured))
+        done = await self._ask(lambda number: messages.ApplyRules(number, add, remove, configured, change_id))
         self._rules = after
+        if change_id is not None:
+            self._carried_out[change_id] = None
+            if len(self._carried_out) > CARRIED_OUT_MAX:
+                del self._carried_out[next(iter(self._carried_out))]
         self._configured = set(configured) if configured is not None else self._configured & set(after)
         return [*done.warnings, *chain_warnings(add, after, self._interfaces)]
 
     # --- clients ----------------------------------------------------------------------------------
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one client's requests, one line each, until it closes."""
-        uid = peer_uid(writer.get_extra_info("socket"))
-        try:
-            while line := await reader.readline():
-                writer.write(self._encoder.encode(await self._answer(line, uid)) + b"\n")
-                await writer.drain()
-        except ValueError:
-            answer = api.Answer(ok=False, error=f"request is over {api.REQUEST_BYTES_MAX} bytes")
-            writer.write(self._encoder.encode(answer) + b"\n")
-        except (ConnectionError, asyncio.CancelledError):  # cancelled: this process ends
-            return
-        finally:
-            writer.close()
+    async def _reply(self, line: bytes, peer: Peer) -> bytes:
+        """The answer to one line. Large requests are dealt with one by one: decoded they take ten times the memory."""
+        if len(line) <= CHUNK_BYTES:
+            return await self._answer(line, peer)
+        async with self._large:
+            return await self._answer(line, peer)
 
-    async def _answer(self, line: bytes, uid: int) -> api.Answer:
-        """The answer to one line. Whatever is wrong with it is told to its client alone."""
+    async def _answer(self, line: bytes, peer: Peer) -> bytes:
+        """Whatever is wrong with a line is told to its client alone."""
+        uid = peer.uid
         try:
-            request = self._decoder.decode(line)
+            request = framing.decode(self._decoder, line)
         except msgspec.MsgspecError as error:
             self._log.warning("Request refused: not valid", uid=uid)
-            return api.Answer(ok=False, error=f"not a valid request: {error}")
+            return encode(api.Answer(ok=False, error=f"not a valid request: {error}"))
         kind = type(request).__struct_config__.tag
         self._log.info(f"Received command {kind}", uid=uid)
         try:
-            authorise(request, uid, (0, os.getuid()))
-            return await self._obey(request)
+            authorise(request, peer)
+            rounds = self._rounds.get(type(request))
+            return await rounds.join() if rounds is not None else encode(await self._obey(request))
         except RelayError as error:
             self._log.warning(f"Command {kind} refused: {error}", uid=uid)
-            return api.Answer(ok=False, error=str(error))
+            return encode(api.Answer(ok=False, error=str(error)))
 
-    async def _obey(self, request: api.Request) -> api.Answer:  # noqa: PLR0911 - one return a request
+    async def _obey(self, request: api.Request) -> api.Answer:
         match request:
             case api.AddRules():
                 return await self._add(request)
             case api.RemoveRules():
                 return await self._remove(request)
-            case api.ListRules():
-                return api.Answer(ok=True, result=await self._list_rules())
-            case api.GetStats():
-                return api.Answer(ok=True, result=await self._ask(messages.GetStats))
-            case api.ListWorkers():
-                return api.Answer(ok=True, result=(await self._ask(messages.ListWorkers)).workers)
             case api.LogLevel():
                 levels = await self._ask(
                     lambda number: messages.LogLevel(number, request.level, request.facility, request.core)
@@ -168,36 +180,60 @@ class ControlPlane:
             case api.Restart():
                 await self._ask(messages.Restart)
                 return api.Answer(ok=True)
-            case api.Ping():
+            case _:
                 return api.Answer(ok=True, result={"version": VERSION})
 
     async def _add(self, request: api.AddRules) -> api.Answer:
         wanted = [named(validate_unnamed(rule)) for rule in request.rules]
+        ids = [rule.rule_id for rule in wanted]
         warnings: list[str] = []
-        async with self._changing:
+        async with self._turn():
+            if request.change_id in self._carried_out:
+                return api.Answer(ok=True, result={"rule_ids": ids, "unchanged": []})
             add, replaced = merge(self._rules, wanted, request.replace)
             if add:
                 self._check_interfaces(add)
-                warnings = await self._change(add, replaced)
-        ids = [rule.rule_id for rule in wanted]
-        unchanged = [rule_id for rule_id in ids if rule_id not in {rule.rule_id for rule in add}]
+                warnings = await self._change(add, replaced, None, request.change_id)
+        added = {rule.rule_id for rule in add}
+        unchanged = [rule_id for rule_id in ids if rule_id not in added]
         return api.Answer(ok=True, result={"rule_ids": ids, "unchanged": unchanged}, warnings=tuple(warnings))
 
     async def _remove(self, request: api.RemoveRules) -> api.Answer:
-        async with self._changing:
+        async with self._turn():
+            if request.change_id in self._carried_out:
+                return api.Answer(ok=True, result={"rule_ids": request.rule_ids})
             for rule_id in request.rule_ids:
                 if rule_id not in self._rules:
                     raise ControlError(f"no rule {rule_id}: `mcrctl list-rules` shows those there are")
-            warnings = await self._change((), request.rule_ids)
+            warnings = await self._change((), request.rule_ids, None, request.change_id)
         return api.Answer(ok=True, result={"rule_ids": request.rule_ids}, warnings=tuple(warnings))
 
-    async def _list_rules(self) -> list[dict[str, Any]]:
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for a client's turn to change rules. Raises ControlError when too many wait already."""
+        if self._changes >= CHANGES_MAX:
+            raise ControlError(f"{self._changes} changes wait for their turn: try again")
+        self._changes += 1
+        try:
+            async with self._changing:
+                yield
+        finally:
+            self._changes -= 1
+
+    async def _get_stats(self) -> bytes:
+        return encode(api.Answer(ok=True, result=await self._ask(messages.GetStats)))
+
+    async def _list_workers(self) -> bytes:
+        return encode(api.Answer(ok=True, result=(await self._ask(messages.ListWorkers)).workers))
+
+    async def _list_rules(self) -> bytes:
         stats = await self._ask(messages.GetStats)
         states = {rule.rule_id: rule.state for rule in stats.rules}
-        return [
+        rules = [
             {**msgspec.to_builtins(rule), "state": states.get(rule_id, "waiting: not installed yet")}
             for rule_id, rule in self._rules.items()
         ]
+        return encode(api.Answer(ok=True, result=rules))
 
     def _check_interfaces(self, rules: tuple[Rule, ...]) -> None:
         """Raises ControlError for a name that is no interface now: more likely misspelt than on its way."""

@@ -87,7 +87,7 @@ class Template:
         except ChannelClosedError:
             self._channel.close()
             self._channel = None
-            return True
+            return bool(self._kept)  # with nothing for an heir, there is no reason to stay
         match message:
             case Spawn():
                 self._spawn(self._channel, message, descriptors[0])
@@ -190,8 +190,8 @@ def main() -> None:
     channel: Channel[ToTemplate] = Channel(socket.socket(fileno=arguments.fd), ToTemplate)
     handover = socket.socket(fileno=arguments.handover_fd)
     confine_template()
-    channel.send(TemplateReady())
     try:
+        channel.send(TemplateReady())
         Template(channel, handover, arguments.heir_uid).run(wakeup)
     except ChannelClosedError:
         return

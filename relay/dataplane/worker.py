@@ -2,7 +2,8 @@
 
 Forked from the template, unprivileged. Owns its io_uring and its memory; is handed packet sockets, egress
 sockets and rule tables. Writes its stats segment and its four log rings. Ends when it is told to, after it has
-relayed what the rings still hold. Without a supervisor it goes on relaying, until the next one releases it.
+relayed what the rings still hold. Without a supervisor it goes on relaying until the next one releases it, once
+that one could (`Outlive`); before that it ends and leaves what the rings hold to its successor.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ from relay.messages import (
     AddRing,
     CloseSockets,
     Drain,
+    Outlive,
     RemoveRing,
     SetSockets,
     SetTable,
@@ -60,6 +62,7 @@ class Worker:
         )
         self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, self.stats.bytes, segments)
         self.table = view_table(compile_table((), (), 0))
+        self.outlives = False
         self.rings: dict[int, tuple[socket.socket, mmap.mmap]] = {}
         state = self.memory.worker
         self.uring.attach(state)
@@ -90,6 +93,9 @@ class Worker:
             try:
                 self.obey()
             except ChannelClosedError:
+                if not self.outlives:
+                    self.log.error("The supervisor is gone, and nothing is prepared for the next one")
+                    return
                 self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
                 self.memory.worker["control_fd"] = NO_DESCRIPTOR
 
@@ -119,6 +125,8 @@ class Worker:
                 case CloseSockets():
                     for number in message.numbers:
                         self.set_socket(number, -1)
+                case Outlive():
+                    self.outlives = True
                 case Drain():
                     self.log.info("Supervisor stream closed, sending shutdown to data plane")
                     self.close_ingress()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from relay.errors import RelayError
 from relay.supervisor.fleet import Fleet
 
+WAITING_MAX = 16  # a control plane sends one and waits for its end
 CONFIRM_S_MAX = 5.0  # a worker that does not go over to a new table in this time is reported
 
 
@@ -36,6 +37,11 @@ class Changes:
     def add(self, change: Change) -> None:
         """Queue a change; `settle` begins it."""
         self._waiting.append(change)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether whoever asks for more should be refused."""
+        return len(self._waiting) >= WAITING_MAX
 
     def deadline_s(self) -> float:
         """When the change under way is late; infinity when there is none."""

@@ -14,6 +14,10 @@ from relay.descriptors import Channel, channel_pair
 from relay.messages import FromTemplate
 
 
+class MisbehaviourError(Exception):
+    """A child sent what it must not; the text says what."""
+
+
 def _start(module: str, arguments: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
     """Run a module in a process group of its own: a terminal's Ctrl-C is the supervisor's affair."""
     return subprocess.Popen(
@@ -37,15 +41,19 @@ def start_template(
 
 
 def start_control_plane(
-    listener: socket.socket, uid: int, gid: int, instance: str | None
+    listener: socket.socket, uid: int, gid: int, instance: str | None, trusted_gid: int | None
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start the control plane, which serves `listener`; return our end of the stream to it."""
+    """Start the control plane, which serves `listener`; return our end of the stream to it.
+
+    Members of `trusted_gid` may change things.
+    """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     near.setblocking(False)
     with far:
         arguments = ["--supervisor-fd", str(far.fileno()), "--listener-fd", str(listener.fileno())]
         arguments += ["--uid", str(uid), "--gid", str(gid)]
         arguments += ["--instance", instance] if instance else []
+        arguments += ["--trusted-gid", str(trusted_gid)] if trusted_gid is not None else []
         return _start("relay.controlplane", arguments, [far.fileno(), listener.fileno()]), near
 
 
@@ -53,5 +61,8 @@ def describe_status(code: int) -> str:
     """How a process ended, from an exit code that is negative for a signal (os.waitstatus_to_exitcode)."""
     if code >= 0:
         return f"exit status {code}"
-    name = f"signal {signal.Signals(-code).name}"
+    try:
+        name = f"signal {signal.Signals(-code).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"signal {-code}"
     return f"{name}: a system call that its seccomp filter does not allow" if -code == signal.SIGSYS else name

@@ -21,7 +21,7 @@ from relay.dataplane.counters import StatsSegment
 from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_table, publish
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
-from relay.messages import AddRing, CloseSockets, Drain, FromWorker, RemoveRing, SetSockets, SetTable
+from relay.messages import AddRing, CloseSockets, Drain, FromWorker, Outlive, RemoveRing, SetSockets, SetTable
 from relay.rules import Output, Rule, address_number
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -91,6 +91,7 @@ class Worker:
     generation: int = -1
     pulse: Pulse = field(default_factory=Pulse)
     lives: Lives = field(default_factory=Lives)
+    outlives: bool = False  # the process was told to
     is_excluded: bool = False  # has no rings: others get its share of the traffic
     predecessor: Predecessor | None = None  # a former supervisor's worker on this core, which still reads the rings
 
@@ -455,6 +456,13 @@ class Fleet:
             sockets |= {membership_name(sock): sock for sock in memberships.values()}
         return sockets
 
+    def let_outlive(self) -> None:
+        """All is kept: workers that run go on when this supervisor is gone."""
+        for worker in self.workers:
+            if worker.running and not worker.outlives:
+                worker.send(Outlive())
+                worker.outlives = True
+
     def inventory(self, template_pid: int) -> Inventory:
         """What the next supervisor must know of them, and of the workers."""
         return Inventory(
@@ -465,7 +473,6 @@ class Fleet:
             fanout=int(self._fanout),
             cores=tuple(worker.core for worker in self.workers),
             workers=tuple(kept_worker(worker.core, worker.pid) for worker in self.workers if worker.pid),
-            former=tuple(kept_worker(w.core, w.predecessor.pid) for w in self.workers if w.predecessor is not None),
             rings=tuple(
                 KeptRing(ring.number, ring.interface, ring.ifindex, ring.fanout_id)
                 for ring in self._rings.values()
@@ -509,7 +516,7 @@ class Fleet:
         if worker.channel is not None:
             worker.channel.close()
         worker.channel = None
-        worker.running = False
+        worker.running = worker.outlives = False
         worker.pid = 0
 
     def close_channels(self) -> None:

@@ -27,6 +27,7 @@ class Keeper:
     def __init__(self, control_socket: Path) -> None:
         """Bind the hand-over socket. Raises PreflightError."""
         self._path = handover_path(control_socket)
+        self._bound = self._path.with_suffix(".handover-next")  # until a former template is no more needed
         self._file = inventory_file(control_socket)
         self._sent: dict[str, socket.socket] = {}
         self._inventory: Inventory | None = None
@@ -34,8 +35,8 @@ class Keeper:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         former_umask = os.umask(SOCKET_UMASK)
         try:
-            self._path.unlink(missing_ok=True)
-            self.listener.bind(str(self._path))
+            self._bound.unlink(missing_ok=True)
+            self.listener.bind(str(self._bound))
             self.listener.listen(BACKLOG)
         except OSError as error:
             self.listener.close()
@@ -53,8 +54,11 @@ class Keeper:
     def publish(self, sockets: Mapping[str, socket.socket], inventory: Inventory) -> None:
         """Have exactly `sockets` kept, and `inventory` written. Raises RelayError when the file can't be written.
 
-        What a busy template does not take now is sent with the next call.
+        From the first call on it is this template that the next supervisor meets. What a busy template does not take
+        now is sent with the next call.
         """
+        if self._bound.exists():
+            self._bound.replace(self._path)
         if self._channel is not None:
             with contextlib.suppress(BlockingIOError, ChannelClosedError):
                 self._synchronize(self._channel, sockets)
@@ -83,5 +87,6 @@ class Keeper:
         """At a clean stop: nothing is left for anybody."""
         self.listener.close()
         with contextlib.suppress(OSError):
+            self._bound.unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
             self._file.remove()

@@ -16,6 +16,7 @@ import selectors
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from relay.messages import (
     Restore,
     Workers,
 )
-from relay.privileges import keep_for_supervising
+from relay.privileges import keep_for_supervising, resolve_trusted_group
 from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
@@ -62,9 +63,11 @@ from relay.supervisor.timers import Timers
 
 TICK_S = 1.0
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
+CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
 DESCRIPTORS_WANTED = 1 << 20
+CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
 
@@ -85,6 +88,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._timers = Timers()
         self._rules: dict[str, Rule] = {}
+        self._carried_out: deque[str] = deque(maxlen=CARRIED_OUT_MAX)
         self._interfaces = interfaces.snapshot()
         self._stopping = False
         self._failed = False
@@ -182,6 +186,7 @@ class Supervisor:
         if state is not None:
             self._rules = {rule.rule_id: rule for rule in state.rules}
             self._configured_ids = state.configured
+            self._carried_out.extend(state.carried_out)
             lines.append(f"{len(state.rules)} rules of {self._state.path} go on")
         return [*lines, *damage, *orphaned]
 
@@ -189,7 +194,10 @@ class Supervisor:
         """Open the control socket, what wakes the loop, and the rings, which fill from now on."""
         path, orphans = self._control_socket, self._orphans
         adopted = orphans.take_listener(path) if orphans is not None else None
-        self._listener = self._stack.enter_context(listening(path, self._log, adopted))
+        trusted_gid = resolve_trusted_group(self._options.socket_group)
+        self._listener = self._stack.enter_context(
+            listening(path, self._log, self._options.socket_mode, trusted_gid, adopted)
+        )
         self._keeper = Keeper(path)
         self._stack.callback(self._keeper.close)
         if not self._options.state:
@@ -205,7 +213,9 @@ class Supervisor:
         self._changes = Changes(self._fleet)
         self._sampler = Sampler(self._fleet)
         loop, options = (self._log, self._selector, self._timers), self._options
-        self._link = ControlPlaneLink(*loop, self._listener, self._owner, options.instance, self._greeting, self._obey)
+        self._link = ControlPlaneLink(
+            *loop, self._listener, self._owner, options.instance, self._greeting, self._obey, trusted_gid
+        )
         self._handover: Handover | None = None
         if orphans is not None:
             self._handover = Handover(orphans, self._fleet, *loop, self._on_handed_over)
@@ -234,7 +244,12 @@ class Supervisor:
         self._publish()
 
     def _publish(self) -> None:
-        """Have the next supervisor find what this one has open, whenever that has changed."""
+        """Have the next supervisor find what this one has open, whenever that has changed.
+
+        During a hand-over it would still be the former template that it must find.
+        """
+        if self._handover is not None:
+            return
         revision = (self._fleet.revision, self._nursery.template_pid)
         if revision == self._published:
             return
@@ -245,6 +260,7 @@ class Supervisor:
             self._log.error(str(error))
         if self._keeper.is_complete(sockets):
             self._published = revision
+            self._fleet.let_outlive()
 
     def _on_worker_started(self, worker: Worker) -> None:
         if self._handover is not None:
@@ -352,7 +368,8 @@ class Supervisor:
 
     def _greeting(self) -> Iterator[msgspec.Struct]:
         """What a new control plane is told first: the active rules, then the configuration's."""
-        yield Restore(tuple(self._rules.values()), self._configured_ids, self._options.interfaces)
+        carried_out = tuple(self._carried_out)
+        yield Restore(tuple(self._rules.values()), self._configured_ids, self._options.interfaces, carried_out)
         yield Configure(self._configured)
 
     def _obey(self, request: object) -> None:
@@ -372,14 +389,19 @@ class Supervisor:
                 self._on_restart(request)
 
     def _on_restart(self, request: Restart) -> None:
+        epoch = self._link.epoch
+
         def agree() -> None:
-            self._link.tell(Done(request.request_id))
+            self._link.answer(epoch, Done(request.request_id))
             self._stopping = self._restarting = True
 
+        def refuse(error: str) -> None:
+            self._link.answer(epoch, Refused(request.request_id, error))
+
         if self._handover is not None:
-            self._link.tell(Refused(request.request_id, "the last restart is not over: former workers still run"))
+            refuse("the last restart is not over: former workers still run")
             return
-        self._restarter.begin(agree, lambda error: self._link.tell(Refused(request.request_id, error)))
+        self._restarter.begin(agree, refuse)
 
     def _on_log_level(self, request: LogLevel) -> None:
         try:
@@ -398,32 +420,45 @@ class Supervisor:
     def _apply(self, request: ApplyRules) -> None:
         """Queue a change of rules. Everything is checked again here: the control plane is less privileged."""
         former: dict[str, Rule] = {}
+        epoch = self._link.epoch
 
         def begin() -> list[str]:
+            if epoch != self._link.epoch:
+                raise RelayError("the control plane that asked has ended")  # the next was told rules without these
             former.update(self._rules)
-            wanted = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in request.remove}
+            gone = frozenset(request.remove)
+            wanted = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in gone}
             for rule in request.add:
                 wanted[rule.rule_id] = validate(rule)
             check_cycles(request.add, wanted, self._options.interfaces)
             warnings = self._fleet.begin(tuple(wanted.values()), self._interfaces, strict=True)
             self._rules = wanted
+            if request.configured is not None:
+                self._configured_ids = request.configured
+            if request.change_id is not None:
+                self._carried_out.append(request.change_id)
             return warnings + self._fleet.waiting({rule.rule_id for rule in request.add})
 
         def end(warnings: list[str]) -> None:
-            if request.configured is not None:
-                self._configured_ids = request.configured
             self._log_rules(former)
             try:
-                self._state.save(State(STATE_VERSION, tuple(self._rules.values()), self._configured_ids))
+                self._state.save(self._document())
             except RelayError as error:
                 warnings.append(str(error))
             self._log_warnings(warnings)
-            self._link.tell(Done(request.request_id, tuple(warnings)))
+            self._link.answer(epoch, Done(request.request_id, tuple(warnings)))
 
         def refuse(error: str) -> None:
-            self._link.tell(Refused(request.request_id, error))
+            self._link.answer(epoch, Refused(request.request_id, error))
 
+        if self._changes.is_full:
+            refuse("too many changes wait for their turn: try again")
+            return
         self._changes.add(Change(begin, end, refuse))
+
+    def _document(self) -> State:
+        recent = tuple(self._carried_out)[-CARRIED_OUT_KEPT:]
+        return State(STATE_VERSION, tuple(self._rules.values()), self._configured_ids, recent)
 
     def _log_rules(self, former: dict[str, Rule]) -> None:
         """A line for each rule that changed; beyond RULES_LOGGED_MAX, a line that counts the rest."""

@@ -2,28 +2,35 @@
 
 Owned by the supervisor's thread. A worker that ends unexpectedly is logged and replaced; its rings go on filling. One
 that hangs is killed, and so replaced. One that keeps dying is started ever more seldom, and others get its traffic.
+Template and workers are less privileged, and so not believed: who sends what it must not is killed and replaced, and a
+pid that the template names is looked at (kin.py) before it is signalled.
 """
 
 import contextlib
 import os
 import selectors
-import signal
 import subprocess
 import time
 from collections.abc import Callable
+
+import msgspec
 
 from logging_shm import Logger
 from relay.descriptors import Channel, ChannelClosedError, channel_pair
 from relay.errors import RelayError
 from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, Started, TableInUse, TemplateReady
-from relay.supervisor.children import describe_status, start_template
+from relay.supervisor import kin
+from relay.supervisor.children import MisbehaviourError, describe_status, start_template
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.health import PROBATION_S, PULSE_INTERVAL_S
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.logs import last_words
 from relay.supervisor.timers import Timers
 
+RESTART_DELAY_S = 0.5  # for a template that ended before it was ready
 START_S_MAX = 10.0  # until a forked worker says that it runs
+MESSAGES_A_TURN = 64  # from one process, before everything else has its turn
+END_S_MAX = 0.5  # for a process that has closed its channel
 
 
 class Nursery:
@@ -46,6 +53,7 @@ class Nursery:
         self._selector = selector
         self._timers = timers
         self._owner = owner
+        self._uid = owner[0] if os.geteuid() == 0 else os.getuid()  # privileges.drop_to
         self._instance = instance
         self._idle = idle
         self._keeper = keeper
@@ -53,7 +61,12 @@ class Nursery:
         self._template: subprocess.Popen[bytes] | None = None
         self._channel: Channel[FromTemplate] | None = None
         self._template_ready = False
+        self._template_was_ever_ready = False
         self._open = False
+        self._pidfds: dict[int, int] = {}  # by core: of workers that are what their template said
+        self._templates: dict[int, int] = {}  # by core: the template's pid that was asked for the worker
+        self._condemned: set[int] = set()  # cores whose worker is killed as soon as its pid is known
+        self._silent: set[int] = set()  # cores whose worker has closed its channel, and whose exit was not told yet
 
     def start(self) -> None:
         """Start the template; workers follow when it is ready and `open` was called."""
@@ -70,77 +83,151 @@ class Nursery:
         self._spawn_all()
 
     def watch(self, give_up: Callable[[], None]) -> None:
-        """Start the template again when it ended; give up when it never came up."""
+        """Start the template again when it ended; give up when none ever came up."""
         if self._template is None or self._template.poll() is None:
             return
         status = self._template.returncode
-        self._template = None
         self._on_template()
+        self._close_channel()
+        self._template = None
+        for core in sorted(self._silent):  # nobody will tell any more
+            self._on_exit(Exited(core, self._worker_of(core).pid, 0))
         self._log.error(f"Template process exited unexpectedly: {describe_status(status)}")
-        if self._template_ready:
-            self._timers.after(0, self.start)
+        if self._template_was_ever_ready:
+            self._timers.after(0 if self._template_ready else RESTART_DELAY_S, self.start)
         else:
             give_up()
 
     def stop(self, deadline_s: float) -> None:
         """End the workers when their rings are empty, then the template; none outlives the deadline by much."""
         self._fleet.close_channels()
-        pids = {worker.pid for worker in self._fleet.workers if worker.pid}
-        while pids and self._channel is not None and time.monotonic() < deadline_s:
-            pids -= self._await_exits(self._channel, deadline_s)
-        for pid in pids:
-            self._log.error("Worker process did not end in time, killed", pid=pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        left = dict(self._pidfds)
+        while left and time.monotonic() < deadline_s:
+            self._await_exit(left, deadline_s)
+        for core in [core for core, pidfd in left.items() if not kin.has_ended(pidfd)]:
+            worker = self._worker_of(core)
+            self._log.error("Worker process did not end in time, killed", pid=worker.pid)
+            self._kill(worker)
         if self._channel is not None:
             with contextlib.suppress(ChannelClosedError):
                 self._channel.send(Leave())
             self._channel.close()
         if self._template is not None:
-            self._template.wait()
+            try:
+                self._template.wait(END_S_MAX)
+            except subprocess.TimeoutExpired:
+                self._template.kill()
+                self._template.wait()
+        for pidfd in self._pidfds.values():
+            os.close(pidfd)
 
     @property
     def template_pid(self) -> int:
         """The template's process, 0 without one."""
         return self._template.pid if self._template is not None else 0
 
-    def _await_exits(self, channel: Channel[FromTemplate], deadline_s: float) -> set[int]:
-        """The pids of workers that ended; waits for one at most until the deadline."""
+    def _await_exit(self, pidfds: dict[int, int], deadline_s: float) -> None:
+        """Take out those of ended processes that their template has waited for; waits for an event at most."""
         with selectors.DefaultSelector() as selector:
-            selector.register(channel, selectors.EVENT_READ)
+            for pidfd in pidfds.values():
+                if not kin.has_ended(pidfd):
+                    selector.register(pidfd, selectors.EVENT_READ)
+            if self._channel is not None:
+                selector.register(self._channel, selectors.EVENT_READ)
             selector.select(max(deadline_s - time.monotonic(), 0))
+        self._discard_messages()
+        for core, pidfd in list(pidfds.items()):
+            if kin.was_waited_for(pidfd) or (self._is_orphan(core) and kin.has_ended(pidfd)):
+                del pidfds[core]
+
+    def _discard_messages(self) -> None:
         try:
-            message, _ = channel.receive()
+            for _ in range(MESSAGES_A_TURN):
+                if self._channel is not None:
+                    self._channel.receive()
         except BlockingIOError:
-            return set()
-        except ChannelClosedError:
-            self._channel = None
-            return set()
-        return {message.pid} if isinstance(message, Exited) else set()
+            return
+        except (ChannelClosedError, msgspec.MsgspecError):
+            self._close_channel()
+
+    def _is_orphan(self, core: int) -> bool:
+        """Whether the template that was asked for the worker is gone, so that nobody tells of its exit."""
+        return self._channel is None or self._template is None or self._templates.get(core) != self._template.pid
 
     def _on_template(self) -> None:
         try:
-            while self._channel is not None:
+            for _ in range(MESSAGES_A_TURN):
+                if self._channel is None:
+                    return
                 message, _ = self._channel.receive()
-                match message:
-                    case TemplateReady():
-                        self._template_ready = True
-                        self._spawn_all()
-                    case Spawned():
-                        self._fleet.worker_spawned(self._worker_of(message.core), message.pid)
-                    case Exited():
-                        self._on_exit(message)
+                self._hear_template(message)
         except BlockingIOError:
             return
         except ChannelClosedError:
-            if self._channel is not None:
-                self._selector.unregister(self._channel)
-                self._channel.close()
-                self._channel = None
-                self._keeper.attach(None)
+            self._close_channel()
+            if self._template is not None:
+                self._timers.after(END_S_MAX, self._template.kill)  # `watch` waits for its end
+        except (msgspec.MsgspecError, MisbehaviourError) as error:
+            self._log.error(f"Template sent what it must not, killed: {error}")
+            self._close_channel()
+            if self._template is not None:
+                self._template.kill()
+
+    def _hear_template(self, message: FromTemplate) -> None:
+        """Raises MisbehaviourError for what does not fit the state."""
+        match message:
+            case TemplateReady():
+                if self._template_ready:
+                    raise MisbehaviourError("out of order: TemplateReady")
+                self._template_ready = self._template_was_ever_ready = True
+                self._spawn_all()
+            case Spawned():
+                self._on_spawned(self._worker_of(message.core), message.pid)
+            case Exited():
+                worker = self._worker_of(message.core)
+                if worker.pid != message.pid or (worker.core in self._pidfds and not self._has_ended(worker)):
+                    raise MisbehaviourError(f"an exit that did not happen: {message}")
+                self._on_exit(message)
+
+    def _on_spawned(self, worker: Worker, pid: int) -> None:
+        """Raises MisbehaviourError unless the template was asked for this worker, and the pid is a child of it."""
+        template_pid = self._templates.get(worker.core)
+        if worker.channel is None or worker.pid or self._template is None or template_pid != self._template.pid:
+            raise MisbehaviourError(f"a worker that was not asked for: core {worker.core}, pid {pid}")
+        if self._template.poll() is None:  # otherwise init is its parent by now, and nothing can be known
+            try:
+                pidfd = kin.hold(pid, template_pid, self._uid)
+            except kin.NotKinError as error:
+                raise MisbehaviourError(str(error)) from error
+            if pidfd is not None:
+                self._pidfds[worker.core] = pidfd
+        self._fleet.worker_spawned(worker, pid)
+        if worker.core in self._condemned:
+            self._kill(worker)
+
+    def _has_ended(self, worker: Worker) -> bool:
+        return worker.core not in self._pidfds or kin.has_ended(self._pidfds[worker.core])
+
+    def _kill(self, worker: Worker) -> None:
+        """End a worker's process; one whose pid is not known yet, as soon as it is."""
+        if worker.core in self._pidfds:
+            kin.kill(self._pidfds[worker.core])
+        else:
+            self._condemned.add(worker.core)
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._selector.unregister(self._channel)
+            self._channel.close()
+            self._channel = None
+            self._keeper.attach(None)
 
     def _worker_of(self, core: int) -> Worker:
-        return next(worker for worker in self._fleet.workers if worker.core == core)
+        """Raises MisbehaviourError for a core that has no worker."""
+        for worker in self._fleet.workers:
+            if worker.core == core:
+                return worker
+        raise MisbehaviourError(f"core {core}, which has no worker")
 
     def _spawn_all(self) -> None:
         for worker in self._fleet.workers:
@@ -150,6 +237,7 @@ class Nursery:
         """Spawn a worker that has no process, if it can be done now; TemplateReady does it later otherwise."""
         if not self._open or not self._template_ready or self._channel is None or worker.channel is not None:
             return
+        assert self._template is not None
         channel: Channel[FromWorker]
         channel, far = channel_pair(FromWorker)
         with far:
@@ -159,27 +247,49 @@ class Nursery:
                 channel.close()
                 return
         worker.channel = channel
+        worker.generation = -1
+        self._templates[worker.core] = self._template.pid
         worker.started_s = time.monotonic()
         worker.pulse.begin(worker.started_s)
         self._selector.register(channel, selectors.EVENT_READ, lambda: self._on_worker(worker, channel))
 
     def _on_worker(self, worker: Worker, channel: Channel[FromWorker]) -> None:
         try:
-            while True:
+            for _ in range(MESSAGES_A_TURN):
                 message, _ = channel.receive()
-                match message:
-                    case Started():
-                        self._fleet.worker_started(worker)
-                        self._on_started(worker)
-                    case TableInUse():
-                        worker.generation = message.generation
+                self._hear_worker(worker, message)
         except BlockingIOError:
             return
         except ChannelClosedError:
-            self._selector.unregister(channel)
-            worker.running = False
-            if self._channel is None:  # nobody will tell of its exit
-                self._on_exit(Exited(worker.core, worker.pid, 0))
+            self._let_go(worker, channel)
+        except (msgspec.MsgspecError, MisbehaviourError) as error:
+            self._log.error(f"Worker on core {worker.core} sent what it must not, killed: {error}", core=worker.core)
+            self._kill(worker)
+            self._let_go(worker, channel)
+
+    def _hear_worker(self, worker: Worker, message: FromWorker) -> None:
+        """Raises MisbehaviourError for what does not fit the state."""
+        match message:
+            case Started():
+                if worker.running:
+                    raise MisbehaviourError("out of order: Started")
+                self._fleet.worker_started(worker)
+                self._on_started(worker)
+            case TableInUse():
+                if not worker.running or not worker.generation < message.generation <= self._fleet.generation:
+                    raise MisbehaviourError(f"out of order: {message}")
+                worker.generation = message.generation
+
+    def _let_go(self, worker: Worker, channel: Channel[FromWorker]) -> None:
+        """Hear no more of a worker; its template tells of its exit, if that one is still there."""
+        self._selector.unregister(channel)
+        worker.running = False
+        if self._is_orphan(worker.core):
+            self._kill(worker)
+            self._on_exit(Exited(worker.core, worker.pid, 0))
+        else:
+            self._silent.add(worker.core)
+            self._timers.after(END_S_MAX, lambda: self._kill(worker) if worker.channel is channel else None)
 
     def _on_exit(self, exited: Exited) -> None:
         """Report a worker that ended although nobody told it to, and start the next."""
@@ -188,6 +298,11 @@ class Nursery:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(worker.channel)
         lived_s = time.monotonic() - worker.started_s
+        self._condemned.discard(worker.core)
+        self._silent.discard(worker.core)
+        pidfd = self._pidfds.pop(worker.core, None)
+        if pidfd is not None:
+            os.close(pidfd)
         self._fleet.worker_gone(worker)
         how = describe_status(os.waitstatus_to_exitcode(exited.status))
         words = last_words(worker.logs.rings.values())
@@ -222,8 +337,7 @@ class Nursery:
             hangs = worker.pulse.hangs(worker.sign_of_life(), now_s) if worker.running else alive_s > START_S_MAX
             if hangs:
                 self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.pid, signal.SIGKILL)
+                self._kill(worker)
 
     def _readmit(self, worker: Worker) -> None:
         worker.started_s = time.monotonic()

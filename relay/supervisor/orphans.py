@@ -69,7 +69,6 @@ class Inventory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fanout: int
     cores: tuple[int, ...]
     workers: tuple[KeptWorker, ...] = ()
-    former: tuple[KeptWorker, ...] = ()  # not yet replaced of the supervisor before: nobody can talk to them any more
     rings: tuple[KeptRing, ...] = ()
     joined: tuple[KeptMembership, ...] = ()
     held: tuple[KeptMembership, ...] = ()
@@ -226,10 +225,6 @@ def take_over(
     if inventory is None:
         return None, lines
     path = handover_path(control_socket)
-    lost = [pidfd for worker in inventory.former if (pidfd := open_process(worker)) is not None]
-    for pidfd in lost:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.close(pidfd)
     running = predecessors(inventory, instance)
     channel = connect(path)
     if channel is None:

@@ -6,9 +6,9 @@ The supervisor compares a plan with what is open and changes only the difference
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from relay.dataplane.layout import OUTPUTS_MAX, RINGS_MAX, RULES_MAX
+from relay.dataplane.layout import RINGS_MAX
 from relay.errors import RuleError
-from relay.rules import Output, Rule, address_number, is_multicast
+from relay.rules import Output, Rule, address_number, check_room, is_multicast
 from relay.supervisor.egress import EgressKey, egress_key
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Listen
@@ -67,24 +67,19 @@ def _plan_output(rule: Rule, output: Output, interfaces: Mapping[str, Interface]
 
 def make_plan(rules: Iterable[Rule], interfaces: Mapping[str, Interface], default_interfaces: Sequence[str]) -> Plan:
     """Plan for `rules`. Raises RuleError when they are more than a relay holds."""
+    rules = tuple(rules)
+    check_room(rules)
     plan = Plan()
-    names = list(default_interfaces)
-    outputs = 0
+    names = dict.fromkeys(default_interfaces)  # in order; thousands of rules may each name another
     for rule in rules:
         wanted = (rule.input_interface,) if rule.input_interface else tuple(default_interfaces)
-        names += [name for name in wanted if name not in names]
+        names |= dict.fromkeys(wanted)
         existing = tuple(name for name in wanted if name in interfaces)
         faults = [f"interface {name} does not exist" for name in wanted if name not in interfaces]
         faults += [fault for name in existing if (fault := interfaces[name].fault())]
         planned = tuple(_plan_output(rule, output, interfaces) for output in rule.outputs)
         plan.rules.append(PlannedRule(rule, existing, planned, faults[0] if faults else None))
-        outputs += len(planned)
         _plan_input(plan, rule, existing, interfaces)
-    if len(plan.rules) > RULES_MAX or outputs > OUTPUTS_MAX:
-        raise RuleError(
-            f"{len(plan.rules)} rules with {outputs} outputs are over the limits of "
-            f"{RULES_MAX} rules and {OUTPUTS_MAX} outputs"
-        )
     if len(names) > RINGS_MAX:
         raise RuleError(f"{len(names)} input interfaces are over the limit of {RINGS_MAX}")
     plan.rings = {name: interfaces[name].index for name in names if name in interfaces}

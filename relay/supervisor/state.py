@@ -24,11 +24,15 @@ Document = TypeVar("Document", bound=msgspec.Struct)
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is kept. `configured` are the ids of rules that the configuration file put there."""
+    """What is kept. `configured` are the ids of rules that the configuration file put there.
+
+    `carried_out` are ids of clients' changes that must not be made a second time.
+    """
 
     version: int
     rules: tuple[Rule, ...] = ()
     configured: tuple[str, ...] = ()
+    carried_out: tuple[str, ...] = ()
 
 
 def check(state: State) -> None:

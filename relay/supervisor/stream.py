@@ -7,13 +7,16 @@ import msgspec
 
 from relay import framing
 from relay.messages import ToSupervisor
+from relay.supervisor.children import MisbehaviourError
 
-RECEIVE_BYTES = 1 << 20
-UNSENT_BYTES_MAX = 256 << 20  # a control plane that takes no answers is broken
+RECEIVE_BYTES = 256 << 10
+REQUEST_BYTES_MAX = 16 << 20  # twice as much as OUTPUTS_MAX outputs of RULES_MAX rules take
+UNSENT_BYTES_MAX = 128 << 20  # twice the longest message
+UNSENT_BYTES_HIGH = 1 << 20  # with more than this unsent, no further request is worth obeying
 
 
 class StreamBrokenError(Exception):
-    """The other side is gone, sent what is no message, or takes nothing."""
+    """The other side is gone."""
 
 
 class ControlPlaneStream:
@@ -21,7 +24,7 @@ class ControlPlaneStream:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        self._buffer = framing.FrameBuffer(ToSupervisor)
+        self._buffer = framing.FrameBuffer(ToSupervisor, REQUEST_BYTES_MAX)
         self._unsent = bytearray()
 
     def fileno(self) -> int:
@@ -33,11 +36,17 @@ class ControlPlaneStream:
         """Whether to poll for room."""
         return bool(self._unsent)
 
+    @property
+    def is_congested(self) -> bool:
+        """Whether the other side takes its answers more slowly than it asks."""
+        return len(self._unsent) > UNSENT_BYTES_HIGH
+
     def send(self, message: msgspec.Struct) -> None:
-        """Send, or keep until there is room. Raises StreamBrokenError."""
-        self._unsent += framing.encode(message)
-        if len(self._unsent) > UNSENT_BYTES_MAX:
-            raise StreamBrokenError("it takes no answers")
+        """Send, or keep until there is room. Raises StreamBrokenError, MisbehaviourError."""
+        frame = framing.encode(message)
+        if len(self._unsent) + len(frame) > UNSENT_BYTES_MAX:
+            raise MisbehaviourError(f"nothing is taken from its stream, where {len(self._unsent)} bytes wait")
+        self._unsent += frame
         self.flush()
 
     def flush(self) -> None:
@@ -51,7 +60,7 @@ class ControlPlaneStream:
             raise StreamBrokenError(str(error)) from error
 
     def receive(self) -> list[Any]:
-        """The messages that have arrived. Raises StreamBrokenError."""
+        """The messages that have arrived. Raises StreamBrokenError, MisbehaviourError."""
         try:
             received = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -63,7 +72,7 @@ class ControlPlaneStream:
         try:
             return self._buffer.feed(received)
         except msgspec.MsgspecError as error:
-            raise StreamBrokenError(f"it sent no valid message: {error}") from error
+            raise MisbehaviourError(f"no valid message: {error}") from error
 
     def close(self) -> None:
         """Close our end."""

@@ -1,277 +1,228 @@
-"""What a process that was taken over can't do: tried from inside, by each role after its real set-up.
+"""What a confined process can't do: tried from inside, in a child that confines itself as the role does."""
 
-test ── template ── worker          the test is the supervisor: it makes segments, spawns, and names an attempt
-     └─ control plane
-"""
-
+import contextlib
+import ctypes
 import errno
-import json
+import mmap
 import os
 import pwd
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
+import numpy as np
 import pytest
 
-from logging_shm import Facility, SharedMemoryLogManager, SharedSPSCRingBuffer
-from logging_shm.facility import segment_name
-from relay.confinement import landlock
-from relay.dataplane import events
-from relay.dataplane.counters import StatsSegment
-from relay.descriptors import Channel, channel_pair
-from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, TemplateReady
+from relay.confinement import capabilities, landlock, roles, seccomp
+from relay.dataplane.layout import IO_URING_SQE
+from relay.dataplane.uring import Uring
+from relay.privileges import drop_to
 from tools.environment import CHECKOUT
 
-INSTANCE = f"confined{os.getpid()}"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving up root needs root")
 NOBODY = pwd.getpwnam("nobody")
-IS_ROOT = os.geteuid() == 0
-OWNER = (NOBODY.pw_uid, NOBODY.pw_gid) if IS_ROOT else (os.geteuid(), os.getegid())
-CORE, SIBLING = 0, 1  # of segments; workers are pinned to the first core that this process may use
-START_S_MAX = 60.0
-needs_landlock = pytest.mark.skipif(landlock.abi() == 0, reason="this kernel has no Landlock")
+ROLES: dict[str, Callable[[], object]] = {
+    "control plane": roles.confine_control_plane,
+    "template": roles.confine_template,
+    "worker": roles.confine_worker,
+}
+PTRACE_ATTACH = 16
+IORING_OP_OPENAT = 18
+REFUSED_STATUS = 77  # the kernel said no
+DONE_STATUS = 0
+OTHER_STATUS = 70
+PR_CAP_AMBIENT_IS_SET = 1
 
-# What ends the process that tries it, in every role.
-FATAL = (
-    "open by openat2", "unlink", "make a socket", "make a socket pair", "execute", "make a thread", "unshare",
-    "trace a sibling", "read a sibling's memory", "kill a sibling", "become dumpable", "make memory executable",
-    "map executable memory", "call by x32", "call with another number",
-)  # fmt: skip
-FATAL_IN_STEADY_STATE = (
-    "fork", "signal a sibling's thread", "change its limits", "shrink its segment", "punch a hole into its segment",
-    "write to a descriptor", "set up another io_uring",
-)  # fmt: skip
-FATAL_IN_A_WORKER = ("register with its io_uring", "set another socket option")
-REFUSED = ("open a file", "stat a file", "open a sibling's segment", "write to the code cache")
-REFUSED_BY_IO_URING = ("open by io_uring", "make a socket by io_uring", "send with flags by io_uring")
-POSSIBLE = ("nothing", "allocate", "report an error")
-
-
-@pytest.fixture(scope="module")
-def sibling() -> Iterator[int]:
-    """Another process of the same user."""
-    options: dict[str, Any] = {"user": OWNER[0], "group": OWNER[1], "extra_groups": []} if IS_ROOT else {}
-    with subprocess.Popen(["sleep", "600"], **options) as process:
-        yield process.pid
-        assert process.poll() is None  # nothing that was tried ended it
-        process.kill()
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Inside:
-    """Starts a role and has it try something."""
+    """What an attempt may use: made before confinement, as a role's own things are."""
 
-    def __init__(self, role: str, folder: Path, sibling: int, segment_bytes: int, **environment: str) -> None:
-        self.folder = folder
-        self.errors = folder / f"{role}-errors"
-        self.errors.touch()
-        self.seen = 0
-        self.command = [sys.executable, "-m", "tests.relay.intruder", role]
-        self.environment = os.environ | environment
-        self.environment |= {"INTRUDER_TARGET": str(sibling), "INTRUDER_SEGMENT_BYTES": str(segment_bytes)}
-        self.environment["INTRUDER_SEGMENT"] = segment_name(Facility.Ingress, SIBLING, INSTANCE)
-
-    def start(self, *arguments: str, descriptors: tuple[int, ...], **options: Any) -> "subprocess.Popen[bytes]":
-        """Start the process as the supervisor does."""
-        owner = ["--uid", str(OWNER[0]), "--gid", str(OWNER[1])]
-        with self.errors.open("a") as out:
-            return subprocess.Popen(
-                [*self.command, *arguments, *owner],
-                env=self.environment, stderr=out, cwd=CHECKOUT, pass_fds=descriptors, **options,
-            )  # fmt: skip
-
-    def said(self) -> Any:
-        """What the attempt gave; None when it ended the process first."""
-        text = self.errors.read_text()[self.seen :]
-        self.seen += len(text)
-        assert "trying\n" in text, text
-        answers = [line for line in text.splitlines() if line.startswith('{"answer"')]
-        return json.loads(answers[-1])["answer"] if answers else None
+    def __init__(self) -> None:
+        self.segment = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115 - for the child's life
+        self.segment.truncate(mmap.PAGESIZE)
+        self.sibling = os.getppid()
+        self.uring = Uring(8)
+        self.code = mmap.mmap(-1, mmap.PAGESIZE)
 
 
-class Workers(Inside):
-    """A template, and a worker for each attempt."""
-
-    def __init__(self, folder: Path, sibling: int, role: str = "worker", **options: Any) -> None:
-        environment = options.pop("environment", {})
-        with SharedSPSCRingBuffer.attach(segment_name(Facility.Ingress, CORE, INSTANCE), {OWNER[0]}) as ring:
-            super().__init__(role, folder, sibling, ring.segment.size, **environment)
-        self.channel: Channel[FromTemplate]
-        self.channel, far = channel_pair(FromTemplate, non_blocking=False)
-        self.channel._socket.settimeout(START_S_MAX)
-        with far, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as handover:
-            handover.bind(str(folder / "handover"))
-            handover.listen()
-            descriptors = (far.fileno(), handover.fileno())
-            arguments = ("--fd", str(descriptors[0]), "--handover-fd", str(descriptors[1]), "--heir-uid", "0")
-            self.template = self.start(*arguments, descriptors=descriptors, **options)
-        message, _ = self.channel.receive()
-        assert isinstance(message, TemplateReady), self.errors.read_text()
-
-    def attempt(self, name: str) -> tuple[int, Any]:
-        """Have a new worker try; return its exit code, negative for a signal, and what the attempt gave."""
-        channel: Channel[FromWorker]
-        channel, far = channel_pair(FromWorker)
-        with far:
-            core = min(os.sched_getaffinity(0))
-            assert core == CORE
-            self.channel.send(Spawn(CORE, INSTANCE, "sleep"), [far.fileno()])
-        channel._socket.send(name.encode())
-        spawned, _ = self.channel.receive()
-        exited, _ = self.channel.receive()
-        channel.close()
-        assert isinstance(spawned, Spawned)
-        assert isinstance(exited, Exited)
-        return os.waitstatus_to_exitcode(exited.status), self.said()
-
-    def close(self) -> None:
-        """End the template."""
-        self.channel.send(Leave())
-        self.channel.close()
-        self.template.wait(START_S_MAX)
+def check(result: int) -> None:
+    """Raise the error of a C call."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-class ControlPlane(Inside):
-    """A control plane for each attempt."""
-
-    def attempt(self, name: str) -> tuple[int, Any]:
-        """Have a new control plane try; return its exit code, and what the attempt gave."""
-        path = self.folder / f"control-{len(list(self.folder.iterdir()))}"
-        near, far = socket.socketpair()
-        near.settimeout(START_S_MAX)
-        with near, far, socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            descriptors = (far.fileno(), listener.fileno())
-            arguments = ("--supervisor-fd", str(descriptors[0]), "--listener-fd", str(descriptors[1]))
-            process = self.start(*arguments, "--instance", INSTANCE, descriptors=descriptors)
-            far.close()
-            assert near.recv(4096), self.errors.read_text()  # Ready
-            near.send(name.encode())
-            near.shutdown(socket.SHUT_WR)
-            return process.wait(START_S_MAX), self.said()
+def open_a_file(_: Inside) -> None:
+    Path("/etc/passwd").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def segments() -> Iterator[None]:
-    """What the supervisor makes for two workers and a control plane."""
-    with ExitStack() as stack:
-        for core in (CORE, SIBLING):
-            logs = SharedMemoryLogManager.create_for_worker(core, INSTANCE, *OWNER, formats=events.FORMATS)
-            stack.enter_context(logs)
-            stack.callback(StatsSegment.create(core, INSTANCE, *OWNER).close)
-        name = segment_name(Facility.ControlPlane, instance=INSTANCE)
-        uid, gid = OWNER
-        stack.enter_context(
-            SharedSPSCRingBuffer.create(name, facility=Facility.ControlPlane, uid=uid, gid=gid, instance=INSTANCE)
-        )
-        yield
+def open_a_segment_by_name(_: Inside) -> None:
+    os.close(os.open("/dev/shm/mcr_confinement_test", os.O_RDWR | os.O_CREAT))
 
 
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory, segments: None, sibling: int) -> Iterator[Workers]:
-    """Confined as in a relay."""
-    workers = Workers(tmp_path_factory.mktemp("workers"), sibling)
-    yield workers
-    workers.close()
+def make_a_socket(_: Inside) -> None:
+    socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 
 
-@pytest.fixture
-def control_plane(tmp_path: Path, segments: None, sibling: int) -> ControlPlane:
-    """Confined as in a relay."""
-    name = segment_name(Facility.ControlPlane, instance=INSTANCE)
-    with SharedSPSCRingBuffer.attach(name, {OWNER[0]}) as ring:
-        return ControlPlane("controlplane", tmp_path, sibling, ring.segment.size)
+def make_a_packet_socket(_: Inside) -> None:
+    socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0x0300)
 
 
-@pytest.mark.parametrize("name", [*FATAL, *FATAL_IN_STEADY_STATE, *FATAL_IN_A_WORKER])
-def test_a_worker_that_tries_is_killed(workers: Workers, name: str) -> None:
-    assert workers.attempt(name) == (-signal.SIGSYS, None)
+def execute(_: Inside) -> None:
+    os.execv("/bin/true", ["true"])
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_worker_opens_nothing(workers: Workers, name: str) -> None:
-    assert workers.attempt(name) == (0, {"errno": errno.EACCES})
+def trace_a_sibling(inside: Inside) -> None:
+    check(libc.ptrace(PTRACE_ATTACH, inside.sibling, 0, 0))
 
 
-@pytest.mark.parametrize("name", REFUSED_BY_IO_URING)
-def test_a_workers_io_uring_does_nothing_but_send(workers: Workers, name: str) -> None:
-    assert workers.attempt(name) == (0, -errno.EACCES)
+def signal_another(inside: Inside) -> None:
+    os.kill(inside.sibling, 0)
 
 
-@pytest.mark.parametrize("name", POSSIBLE)
-def test_a_worker_can_go_on_as_python_does(workers: Workers, name: str) -> None:
-    code, answer = workers.attempt(name)
-    assert code == 0
-    assert answer is None if name == "nothing" else answer
+def shrink_its_segment(inside: Inside) -> None:
+    os.ftruncate(inside.segment.fileno(), 0)
 
 
-def test_a_worker_that_aborts_is_not_taken_for_an_intruder(workers: Workers) -> None:
-    assert workers.attempt("abort") == (-signal.SIGABRT, None)
+def fork(_: Inside) -> None:
+    if os.fork() == 0:
+        os._exit(0)
 
 
-@pytest.mark.parametrize("name", [*FATAL, *FATAL_IN_STEADY_STATE])
-def test_a_control_plane_that_tries_is_killed(control_plane: ControlPlane, name: str) -> None:
-    assert control_plane.attempt(name) == (-signal.SIGSYS, None)
+def make_memory_executable(inside: Inside) -> None:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(inside.code))
+    check(libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 7))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_control_plane_opens_nothing(control_plane: ControlPlane, name: str) -> None:
-    assert control_plane.attempt(name) == (0, {"errno": errno.EACCES})
+def map_executable_memory(_: Inside) -> None:
+    mmap.mmap(-1, mmap.PAGESIZE, prot=7)
 
 
-@pytest.mark.parametrize("name", POSSIBLE)
-def test_a_control_plane_can_go_on_as_python_does(control_plane: ControlPlane, name: str) -> None:
-    code, answer = control_plane.attempt(name)
-    assert code == 0
-    assert answer is None if name == "nothing" else answer
+def set_up_another_io_uring(_: Inside) -> None:
+    Uring(8)
 
 
-def try_in_template(folder: Path, sibling: int, name: str) -> tuple[int, Any]:
-    template = Workers(folder, sibling, "template")
-    template.channel._socket.send(name.encode())
-    return template.template.wait(START_S_MAX), template.said()
+def open_by_io_uring(inside: Inside) -> None:
+    path = ctypes.create_string_buffer(b"/etc/passwd")
+    ring = inside.uring
+    sqe = np.zeros(1, IO_URING_SQE)
+    sqe["opcode"], sqe["fd"], sqe["addr"] = IORING_OP_OPENAT, -100, ctypes.addressof(path)
+    ring.sqes[0] = sqe[0]
+    ctypes.c_uint32.from_address(ring.sq_tail_ptr).value += 1
+    check(libc.syscall(426, ring.fd, 1, 1, 1, None, 0))
+    result = int(ring.cqes[0]["res"])
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
 
 
-@pytest.mark.parametrize("name", FATAL[FATAL.index("make a socket") :])
-def test_a_template_that_tries_is_killed(tmp_path: Path, segments: None, sibling: int, name: str) -> None:
-    assert try_in_template(tmp_path, sibling, name) == (-signal.SIGSYS, None)
+def become_root(_: Inside) -> None:
+    os.setresuid(0, 0, 0)
 
 
-@needs_landlock
-@pytest.mark.parametrize("name", ["open a file", "write to the code cache"])
-def test_a_template_opens_nothing_but_segments(tmp_path: Path, segments: None, sibling: int, name: str) -> None:
-    assert try_in_template(tmp_path, sibling, name) == (0, {"errno": errno.EACCES})
+def change_its_scheduling(_: Inside) -> None:
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["make a socket", "open a file", "open a sibling's segment", "fork", "signal a sibling's thread",
-     "make memory executable", "map executable memory", "change its limits", "write to a descriptor"],
-)  # fmt: skip
-def test_the_attempts_succeed_where_nothing_confines(tmp_path: Path, segments: None, sibling: int, name: str) -> None:
-    free = Workers(tmp_path, os.getpid() if "signal" in name else sibling, environment={"INTRUDER_UNCONFINED": "1"})
-    try:
-        code, answer = free.attempt(name)
-    finally:
-        free.close()
-    assert code == 0
-    assert answer == {"errno": errno.EPERM} if "signal" in name else "errno" not in str(answer)
+EVERYWHERE: list[Callable[[Inside], None]] = [
+    open_a_file, make_a_socket, make_a_packet_socket, execute, trace_a_sibling, signal_another, shrink_its_segment,
+    make_memory_executable, map_executable_memory, open_by_io_uring, become_root, change_its_scheduling,
+]  # fmt: skip
+STEADY: list[Callable[[Inside], None]] = [open_a_segment_by_name, fork, set_up_another_io_uring]
+# A parent that waits can't be traced, and every io_uring of ours is restricted from the start.
+POSSIBLE = [attempt for attempt in (*EVERYWHERE, *STEADY) if attempt not in (trace_a_sibling, open_by_io_uring)]
+ATTEMPTS = [(role, attempt) for role in ROLES for attempt in EVERYWHERE] + [
+    (role, attempt) for role in ("control plane", "worker") for attempt in STEADY
+]
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="becoming another user needs root")
-@pytest.mark.parametrize("name", ["make a socket", "open a file", "trace a sibling", "shrink its segment"])
-def test_what_was_never_root_is_confined_all_the_same(tmp_path: Path, segments: None, sibling: int, name: str) -> None:
-    plain = Workers(tmp_path, sibling, environment={"INTRUDER_USER": str(OWNER[0])})
-    try:
-        status = Path(f"/proc/{plain.template.pid}/status").read_text()
-        assert "CapPrm:\t0000000000000000\n" in status
-        assert psutil.Process(plain.template.pid).uids().real == OWNER[0]
-        expected = (0, {"errno": errno.EACCES}) if name in REFUSED else (-signal.SIGSYS, None)
-        assert plain.attempt(name) == expected
-    finally:
-        plain.close()
+def outcome(role: str, attempt: Callable[[Inside], None] | None) -> int:
+    """How a child ends that confines itself as a role and tries: a wait status."""
+    pid = os.fork()
+    if pid == 0:
+        status = OTHER_STATUS
+        try:
+            inside = Inside()
+            drop_to(NOBODY.pw_uid, NOBODY.pw_gid)
+            ROLES[role]()
+            if attempt is not None:
+                attempt(inside)
+            status = DONE_STATUS
+        except OSError as error:
+            status = REFUSED_STATUS if error.errno in (errno.EACCES, errno.EPERM) else OTHER_STATUS
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@needs_root
+@pytest.mark.parametrize("role", ROLES)
+def test_a_confined_process_lives(role: str) -> None:
+    assert outcome(role, None) == DONE_STATUS
+
+
+@needs_root
+@pytest.mark.parametrize(("role", "attempt"), ATTEMPTS, ids=lambda value: getattr(value, "__name__", value))
+def test_an_attempt_is_refused_or_kills(role: str, attempt: Callable[[Inside], None]) -> None:
+    assert outcome(role, attempt) in (REFUSED_STATUS, -signal.SIGSYS)
+    assert not Path("/dev/shm/mcr_confinement_test").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("attempt", POSSIBLE, ids=lambda attempt: attempt.__name__)
+def test_each_attempt_succeeds_where_nothing_is_confined(attempt: Callable[[Inside], None]) -> None:
+    """Or else the tests above could not fail."""
+    pid = os.fork()
+    if pid == 0:
+        status = OTHER_STATUS
+        with contextlib.suppress(OSError):
+            attempt(Inside())
+            status = DONE_STATUS
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == DONE_STATUS
+    Path("/dev/shm/mcr_confinement_test").unlink(missing_ok=True)
+
+
+@needs_root
+def test_landlock_alone_keeps_files_closed() -> None:
+    if landlock.abi() == 0:
+        pytest.skip("this kernel has no Landlock")
+    code = (
+        "from pathlib import Path; from relay.confinement import capabilities, landlock;"
+        "capabilities.prctl(38, 1); assert landlock.restrict({Path('/proc'): landlock.READ});"
+        "Path('/proc/self/stat').read_text(); Path('/etc/passwd').read_text()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert "PermissionError: [Errno 13] Permission denied: '/etc/passwd'" in result.stderr
+
+
+@needs_root
+def test_capabilities_are_given_up_for_good() -> None:
+    code = (
+        "from relay.confinement import capabilities as c; c.bound_to(c.AT_START); c.keep_only(c.SUPERVISOR);"
+        "print(sorted(i for i in range(64) if c.permitted() >> i & 1))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(sorted(int(capability) for capability in capabilities.SUPERVISOR))
+
+
+def test_another_machine_has_its_own_numbers() -> None:
+    for machine in seccomp.ARCHITECTURES:
+        for allowed in (seccomp.CONTROL_PLANE, seccomp.TEMPLATE, seccomp.WORKER):
+            program = seccomp.assemble(allowed, machine)
+            assert len(program) < 4096
+            for at, (code, jt, jf, _) in enumerate(program):
+                if code & 7 == 5:  # BPF_JMP
+                    assert at + 1 + max(jt, jf) < len(program)
+
+
+def test_structures_have_the_kernels_sizes() -> None:
+    assert ctypes.sizeof(landlock.RulesetAttr) == 24
+    assert ctypes.sizeof(landlock.PathBeneathAttr) == 12
+    assert ctypes.sizeof(capabilities.UserCapHeader) == 8
+    assert ctypes.sizeof(capabilities.UserCapData) == 12
+    assert len(seccomp.encode([(0, 0, 0, 0)])) == 8

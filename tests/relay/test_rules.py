@@ -4,12 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.dataplane import layout
 from relay.errors import RuleError
 from relay.rules import (
+    OUTPUTS_MAX,
+    RULES_MAX,
+    WARNINGS_MAX,
     Output,
     Rule,
     chain_warnings,
     check_cycles,
+    check_room,
     content_id,
     merge,
     named,
@@ -138,3 +143,70 @@ def test_merging_adds_what_is_new_and_refuses_what_differs() -> None:
         merge(active, [other], replace=False)
     with pytest.raises(RuleError, match="given twice"):
         merge(active, [new, new], replace=False)
+
+
+def test_limits_are_those_of_the_tables() -> None:
+    assert (RULES_MAX, OUTPUTS_MAX) == (layout.RULES_MAX, layout.OUTPUTS_MAX)
+    check_room([rule("r", "239.1.1.1:1", "239.2.2.2:1:a")] * RULES_MAX)
+    with pytest.raises(RuleError, match="over the limits"):
+        check_room([rule("r", "239.1.1.1:1", "239.2.2.2:1:a")] * (RULES_MAX + 1))
+
+
+@pytest.mark.parametrize("interface", ["", "a b", "a/b", "..", "x" * 16, "a\nb"])
+def test_what_is_no_interface_name_is_refused(interface: str) -> None:
+    for changes in ({"outputs": (Output("239.2.2.2", 1, interface),)}, {"input_interface": interface}):
+        fields = {
+            "rule_id": "r",
+            "input_group": "239.1.1.1",
+            "input_port": 1,
+            "outputs": (Output("239.2.2.2", 1, "a"),),
+        }
+        with pytest.raises(RuleError, match="interface"):
+            validate(Rule(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def test_thousands_of_rules_that_feed_each_other_are_checked_place_by_place() -> None:
+    """Rule by rule these were 64 million steps: minutes, during which a privileged process does nothing else."""
+    feeding = [rule(f"a{i}", f"10.0.{i >> 8}.{i & 255}:1", "239.1.1.1:1:a") for i in range(8000)]
+    fed = [rule(f"b{i}", "239.1.1.1:1", f"10.1.{i >> 8}.{i & 255}:1:a") for i in range(8000)]
+    check_cycles([*feeding, *fed], by_id(*feeding, *fed), ["a"])
+    assert len(chain_warnings([*feeding, *fed], by_id(*feeding, *fed), ["a"])) == WARNINGS_MAX
+    back = rule("back", "10.1.0.0:1", "10.0.0.0:1:a")
+    with pytest.raises(RuleError, match="cycle through rules"):
+        check_cycles([back], by_id(*feeding, *fed, back), ["a"])
+
+
+def slow_cycle(added: list[Rule], rules: list[Rule], interfaces: list[str]) -> bool:
+    """Whether an added rule can be reached from itself, the obvious way."""
+
+    def fed_by(sender: Rule) -> list[Rule]:
+        return [
+            follower
+            for follower in rules
+            for output in sender.outputs
+            if (output.group, output.port) == (follower.input_group, follower.input_port)
+            and output.interface in ([follower.input_interface] if follower.input_interface else interfaces)
+        ]
+
+    def reaches(sender: Rule, target: Rule, seen: list[str]) -> bool:
+        return any(
+            follower.rule_id == target.rule_id
+            or (follower.rule_id not in seen and reaches(follower, target, [*seen, follower.rule_id]))
+            for follower in fed_by(sender)
+        )
+
+    return any(reaches(r, r, [r.rule_id]) for r in added)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from([None, "a", "b"])), max_size=7))
+def test_cycles_are_found_as_the_obvious_way_finds_them(edges: list[tuple[int, int, str | None]]) -> None:
+    rules = [
+        rule(f"r{i}", f"239.1.1.{start}:1", f"239.1.1.{end}:1:{'ab'[i % 2]}", interface=interface)
+        for i, (start, end, interface) in enumerate(edges)
+    ]
+    try:
+        check_cycles(rules, by_id(*rules), ["a"])
+        found = False
+    except RuleError:
+        found = True
+    assert found is slow_cycle(rules, rules, ["a"])

@@ -46,11 +46,18 @@ SPOIL: dict[str, Callable[[Path], None]] = {
     "others write a file": lambda cache: (cache / "module" / "function.nbc").chmod(0o666),
     "others write a folder in it": lambda cache: (cache / "module").chmod(0o757),
 }
+
+
+def let_a_group_write(cache: Path) -> None:
+    os.chown(cache, -1, NOBODY.pw_gid)
+    cache.chmod(0o775)
+
+
 SPOIL_AS_ROOT: dict[str, Callable[[Path], None]] = {
     "it is another's": lambda cache: os.chown(cache, NOBODY.pw_uid, -1),
     "what is above it is another's": lambda cache: os.chown(cache.parent, NOBODY.pw_uid, -1),
     "a file is another's": lambda cache: os.chown(cache / "module" / "function.nbc", NOBODY.pw_uid, -1),
-    "a group writes it": lambda cache: (os.chown(cache, -1, NOBODY.pw_gid), cache.chmod(0o775))[1],
+    "a group writes it": let_a_group_write,
 }
 
 

@@ -152,10 +152,23 @@ class Relay:
         assert self.leftovers() == []
         return self.text()
 
+    def kill_orphans(self) -> None:
+        """End what a killed supervisor left running."""
+        inventory = self.socket.with_suffix(".inventory")
+        if not inventory.exists():
+            return
+        kept = json.loads(inventory.read_text())
+        for pid in (kept["template"], *(worker["pid"] for worker in kept["workers"])):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def leftovers(self) -> list[str]:
         """What of this relay still exists."""
         segments = [str(path) for path in Path("/dev/shm").glob(f"mcr_{self.instance}_*")]
-        files = [self.socket, *(self.socket.with_suffix(suffix) for suffix in (".handover", ".inventory", ".state"))]
+        files = [
+            self.socket,
+            *(self.socket.with_suffix(suffix) for suffix in (".handover", ".handover-next", ".inventory", ".state")),
+        ]
         return segments + [str(file) for file in files if file.exists()]
 
     def kill(self) -> None:
@@ -167,6 +180,7 @@ class Relay:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self.kill_orphans()
         for leftover in self.leftovers():
             print(f"--- left by {self.instance}: {leftover}")
             Path(leftover).unlink()

@@ -94,12 +94,15 @@ def test_liburings_structures_agree_with_a_live_ring() -> None:
         assert Path(f"/proc/self/fd/{ring.fd}").readlink().name.endswith("[io_uring]")
 
 
+SUPERVISORS_FIELDS = ("doorbell", "ring_full", "release")
+
+
 def test_counters_of_the_worker_and_the_supervisor_share_no_cache_line() -> None:
-    supervisors = {layout.offset_of(layout.STATS_HEADER, name) // 64 for name in ("doorbell", "ring_full")}
+    supervisors = {layout.offset_of(layout.STATS_HEADER, name) // 64 for name in SUPERVISORS_FIELDS}
     workers = {
         layout.offset_of(layout.STATS_HEADER, name) // 64
         for name in layout.STATS_HEADER.names or ()
-        if name not in ("doorbell", "ring_full")
+        if name not in SUPERVISORS_FIELDS
     }
     assert not supervisors & workers
 
