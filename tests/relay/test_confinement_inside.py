@@ -150,7 +150,6 @@ class ControlPlane(Inside):
             arguments = ("--supervisor-fd", str(descriptors[0]), "--listener-fd", str(descriptors[1]))
             process = self.start(*arguments, "--instance", INSTANCE, descriptors=descriptors)
             far.close()
-            assert near.recv(4096), self.errors.read_text()  # Ready
             near.send(name.encode())
             near.shutdown(socket.SHUT_WR)
             return process.wait(START_S_MAX), self.said()
