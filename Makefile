@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 endif
 ARGS ?=
 
-.PHONY: help setup run test lint demo bench bench-log soak lock clean
+.PHONY: help setup run test lint demo bench bench-log soak fuzz lock clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
@@ -40,8 +40,16 @@ bench: setup ## the relay beside its peers: throughput, CPU, latency … (as roo
 bench-log: setup ## what a log record costs, beside other libraries, and what the relay pays for it (as root)
 	@$(BIN)/python -m tools.bench.logging $(ARGS)
 
-soak: setup ## the log's long run: 100 million records between two processes, 10 000 killed writers
-	@MCR_STRESS_RECORDS=100000000 MCR_STRESS_KILLS=10000 $(BIN)/python -m pytest -o timeout=7200 tests/logging_shm/test_stress.py $(ARGS)
+soak: setup ## faults at random under traffic (as root) [ARGS="--minutes 60"]; 100 million log records, 10 000 killed writers
+	@MCR_STRESS_RECORDS=$${MCR_STRESS_RECORDS:-100000000} MCR_STRESS_KILLS=$${MCR_STRESS_KILLS:-10000} \
+		$(BIN)/python -m pytest -o timeout=86400 -rP tests/system/test_soak.py tests/logging_shm/test_stress.py \
+		$(or $(ARGS),--minutes 10)
+
+# What is unset is as long as the long run; a time given with --minutes takes the place of frames and segments.
+FUZZ := tests/fuzz tests/system/test_hostile_worker.py tests/relay/test_framing.py $(wildcard tests/system/test_control_socket.py)
+fuzz: setup ## the fuzz tests' long run: frames, segments, counters, messages (as root) [ARGS="--minutes 10"]
+	@MCR_FUZZ_FRAMES=$${MCR_FUZZ_FRAMES:-10000000} MCR_FUZZ_SEGMENTS=$${MCR_FUZZ_SEGMENTS:-1000000} \
+		MCR_FUZZ_MESSAGES=$${MCR_FUZZ_MESSAGES:-1000000} $(BIN)/python -m pytest -o timeout=7200 -rP $(FUZZ) $(ARGS)
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \

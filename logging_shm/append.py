@@ -6,6 +6,7 @@ leaves LINE_BYTES_MAX for a line, more than one can need, and the few bytes by w
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ SECONDS = constant(" s")
 NAN = constant("nan")
 
 
+@cache
 def printable_table() -> Any:
     """u1[UNICODE_SHOWN]: which characters may stand in a line as they are."""
     return np.fromiter((is_shown(chr(code)) for code in range(UNICODE_SHOWN)), np.uint8, UNICODE_SHOWN)

@@ -12,6 +12,7 @@ from logging_shm.layout import RECORD_BYTES
 from logging_shm.lines import FORMATTERS, Batch, Formats
 from logging_shm.sinks.base import Formatter
 from logging_shm.sinks.selection import Selection
+from logging_shm.truncation import survive_truncation
 
 
 def compile_reader() -> None:
@@ -25,6 +26,7 @@ def compile_reader() -> None:
                 Batch(records, origins, formats.steps, formats.literals, printable_table()), 0
             )
         )
+    survive_truncation()
 
 
 def main() -> None:

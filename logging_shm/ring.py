@@ -191,8 +191,11 @@ class SharedSPSCRingBuffer:
     # --- the reader's side --------------------------------------------------------------------------
 
     def read(self) -> LogEntry | None:
-        """The next record, None when there is none. Records that were overwritten are counted in `missed`."""
-        while True:
+        """The next record, None when there is none. Records that were overwritten are counted in `missed`.
+
+        It passes over a ring's length of them at most: a cursor that runs away holds nobody.
+        """
+        for _ in range(self.capacity + 1):
             cursor, written = self._words[_READ_CURSOR], self._words[_WRITE_CURSOR]
             if cursor == written:
                 return None
@@ -206,6 +209,7 @@ class SharedSPSCRingBuffer:
             if cursor == written:
                 return None
             self.missed += 1
+        return None
 
     def _copy(self, number: int) -> LogEntry | None:
         """Record `number`, None when it is not there, or was overwritten while it was copied."""

@@ -45,6 +45,7 @@ SHM_DIRECTORY = Path("/dev/shm")
 NAME = re.compile(r"mcr_[A-Za-z0-9_.-]{1,200}")
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 OTHERS = 0o077  # mode bits of anybody but the owner
+SEGMENT_BYTES_MAX = segment_bytes(CAPACITY_MAX)
 COUNT_MAX = (1 << 63) - 1  # of a header's field: a writer that went wrong may leave any number there
 CHUNK_BYTES = 1 << 20
 
@@ -105,7 +106,7 @@ class Segment:
     """A mapped segment; a context manager. `memory` is the mapping, `bytes` the same as a NumPy array."""
 
     def __init__(self, name: str, fd: int, owner: bool) -> None:
-        """Map `fd` and close it. Raises SegmentError when it is too small for a header."""
+        """Map `fd` and close it. Raises SegmentError when it is too small for a header, or larger than any ring."""
         self.name = name
         self._owner = owner
         try:
@@ -114,7 +115,11 @@ class Segment:
             self.identity = status.st_ino  # tells it from another one that has the name later
             if self.size < segment_bytes(0):
                 raise SegmentError(f"/dev/shm/{name} is truncated: {self.size} bytes")
+            if self.size > SEGMENT_BYTES_MAX:  # a file with holes may have any size
+                raise SegmentError(f"/dev/shm/{name} is no log segment: {self.size} bytes")
             self.memory = mmap.mmap(fd, self.size)
+        except OSError as error:
+            raise SegmentError(f"/dev/shm/{name}: mmap: {error.strerror}") from error
         finally:
             os.close(fd)
 
@@ -181,7 +186,8 @@ class Segment:
     def attach(cls, name: str, owners: Collection[int] | None = None) -> Self:
         """Map an existing segment; with `owners`, only one that belongs to one of these user ids.
 
-        Whoever owns a segment may truncate it, upon which reading it ends in SIGBUS: a service says whom it trusts.
+        Whoever owns a segment may truncate it, upon which reading it ends in SIGBUS: a service says whom it trusts, and
+        lives on after `truncation.survive_truncation`.
 
         Raises SegmentError when there is none, when others than its owner may write it, or it is not one of ours;
         OtherVersionError when it has another ABI version.
@@ -443,7 +449,7 @@ def is_remnant(name: str, uid: int = -1) -> bool:
             return magic == SEGMENT_MAGIC or not header
         size = os.fstat(file.fileno()).st_size
         capacity = max(size - RECORDS_OFFSET, 0) // RECORD_BYTES
-        if not capacity or capacity & (capacity - 1) or size != segment_bytes(capacity):
+        if not 0 < capacity <= CAPACITY_MAX or capacity & (capacity - 1) or size != segment_bytes(capacity):
             return False
         return (not any(header) or HEADER.get(header, "abi_version") == ABI_VERSION) and is_zero(file)
 

@@ -6,8 +6,14 @@ tests start inherits it.
 
 import signal
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For the fuzz and soak tests."""
+    parser.addoption("--minutes", type=float, default=0.0, help="each fuzz or soak test goes on for so long")

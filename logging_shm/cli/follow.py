@@ -13,6 +13,7 @@ from logging_shm.reader import BATCH_RECORDS, Reader
 from logging_shm.ring import SharedSPSCRingBuffer
 from logging_shm.sinks.base import Formatter, messages
 from logging_shm.sinks.selection import Selection
+from logging_shm.truncation import survive_truncation
 
 _TIMESTAMP = RECORD["timestamp_ns"]
 
@@ -32,6 +33,7 @@ class Follower:
 
     def __init__(self, rings: Iterable[SharedSPSCRingBuffer], wanted: Filter, last: int) -> None:
         """`last` records of each ring are looked at, at most."""
+        survive_truncation()
         self._wanted = wanted
         self.reader = Reader(consume=False)
         self.reader.add(rings, last)

@@ -32,6 +32,7 @@ class Capability(IntEnum):
     CAP_NET_ADMIN = 12  # IP_TRANSPARENT, SO_RCVBUFFORCE, SO_SNDBUFFORCE, nftables
     CAP_NET_RAW = 13  # packet sockets, SO_BINDTODEVICE
     CAP_SYS_PTRACE = 19  # at start: who has a segment open
+    CAP_SYS_NICE = 23  # at the template's start: workers go before others on their core
     CAP_SYS_RESOURCE = 24  # at start: more descriptors
 
 
@@ -50,7 +51,7 @@ SUPERVISOR = frozenset(
     }
 )
 # What it may have again when it starts anew.
-AT_START = SUPERVISOR | {Capability.CAP_SYS_PTRACE, Capability.CAP_SYS_RESOURCE}
+AT_START = SUPERVISOR | {Capability.CAP_SYS_NICE, Capability.CAP_SYS_PTRACE, Capability.CAP_SYS_RESOURCE}
 
 
 class UserCapHeader(ctypes.Structure):

@@ -62,6 +62,14 @@ class StatsSegment:
         name = segment_name(core, instance)
         return cls(name, posix_ipc.SharedMemory(f"/{name}").fd, owner=False)
 
+    def ring_doorbell(self) -> None:
+        """Have the worker look for messages. It may have left any number there."""
+        self.header["doorbell"] = (int(self.header["doorbell"]) + 1) & layout.COUNT_MAX
+
+    def add_ring_full(self, datagrams: int) -> None:
+        """Count what the kernel lost. The worker may have left any number there."""
+        self.header["ring_full"] = min(int(self.header["ring_full"]) + datagrams, layout.COUNT_MAX)
+
     def close(self) -> None:
         """Unlink the segment if this process made it. The mapping ends with the last view."""
         if self._owner:

@@ -322,6 +322,9 @@ STATS_OUTPUTS_OFFSET: Final = STATS_RULES_OFFSET + RULES_MAX * RULE_STATS.itemsi
 STATS_BYTES: Final = STATS_OUTPUTS_OFFSET + OUTPUTS_MAX * OUTPUT_STATS.itemsize
 
 
+COUNT_MAX: Final = (1 << 63) - 1  # that a counter holds
+
+
 def offset_of(layout: np.dtype[Any], field: str) -> int:
     """The byte offset of `field` in `layout`."""
     fields = layout.fields

@@ -76,8 +76,11 @@ def fetch_copies(m: Any, ring_index: int) -> None:
 
 @compiled
 def copy_is_of_slot(copy: int, copy_bytes: int, slot: int) -> bool:
-    """Whether the fetched frame at `copy` is the one whose beginning `slot` holds."""
-    if copy_bytes != int64(load_u32(slot + TP_LEN)):
+    """Whether the fetched frame at `copy` is the one whose beginning `slot` holds.
+
+    Of a frame that is larger than the arena's slots, the arena has the beginning.
+    """
+    if copy_bytes != min(int64(load_u32(slot + TP_LEN)), COPY_SLOT_BYTES - VNET_BYTES):
         return False
     head = slot + int64(load_u16(slot + TP_MAC))
     compared_bytes = min(int64(load_u32(slot + TP_SNAPLEN)), COMPARED_BYTES_MAX)
@@ -114,9 +117,7 @@ def read_frame(m: Any, ring: Any, ring_index: int, slot: int) -> int:
         if not copy_is_of_slot(frame, frame_bytes, slot):
             return TRUNCATED
         ring.copy_next += 1
-        if frame_bytes > COPY_SLOT_BYTES - VNET_BYTES:
-            return TRUNCATED
-    elif frame_bytes < int64(load_u32(slot + TP_LEN)):
+    if frame_bytes < int64(load_u32(slot + TP_LEN)):
         return TRUNCATED
     if load_u8(slot + PKTTYPE) == PACKET_OTHERHOST:
         return NO_MATCH

@@ -104,7 +104,7 @@ class Worker:
         assert self.channel is not None
         with contextlib.suppress(ChannelClosedError, BlockingIOError):
             self.channel.send(message, list(descriptors))
-        self.stats.header["doorbell"] += 1
+        self.stats.ring_doorbell()
 
 
 @dataclass
@@ -413,7 +413,7 @@ class Fleet:
             sock.close()  # which takes it out of the fanout group
             worker.stats.header["ring_sent"][number] = 0
         worker.rings.clear()
-        worker.stats.header["ring_full"] += lost
+        worker.stats.add_ring_full(lost)
         self.revision += 1
         return lost
 
@@ -441,7 +441,7 @@ class Fleet:
             for ring in () if worker.is_excluded else self._rings.values():
                 drops = take_ring_drops(worker.rings[ring.number])
                 if drops:
-                    worker.stats.header["ring_full"] += drops
+                    worker.stats.add_ring_full(drops)
                     lost[worker.core, ring.interface] = drops
         return lost
 

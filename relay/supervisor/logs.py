@@ -58,7 +58,9 @@ class LogDrain:
 
     def _run(self) -> None:
         from logging_shm import Drain
+        from logging_shm.truncation import survive_truncation
 
+        survive_truncation()  # of the whole process
         sinks = []
         for described in self._described:
             try:

@@ -254,6 +254,8 @@ class Nursery:
         self._selector.register(channel, selectors.EVENT_READ, lambda: self._on_worker(worker, channel))
 
     def _on_worker(self, worker: Worker, channel: Channel[FromWorker]) -> None:
+        if worker.channel is not channel:  # its exit was told by an event that the same select returned
+            return
         try:
             for _ in range(MESSAGES_A_TURN):
                 message, _ = channel.receive()

@@ -127,7 +127,7 @@ class Predecessor:
     def release(self, how: int = layout.RELEASE_NOW) -> None:
         """Tell it to end: after this pass, or with RELEASE_DRAINED after what its rings hold."""
         self.stats.header["release"] = how
-        self.stats.header["doorbell"] += 1
+        self.stats.ring_doorbell()
 
     def kill(self) -> None:
         """End one that does not obey."""

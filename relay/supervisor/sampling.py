@@ -1,7 +1,8 @@
 """Sampling: the counters of all workers, added up, and their rates over the last second.
 
 Owned by the supervisor. Reads the stats segments, which the workers write without a lock: a sum may be a few
-packets old, never wrong by more.
+packets old, never wrong by more. A worker that was taken over may have left any numbers
+there: what is told are counts.
 """
 
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from relay.dataplane.layout import DropCause
+from relay.dataplane.layout import COUNT_MAX, DropCause
 from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
@@ -30,18 +31,24 @@ class Sample:
     outputs: Any  # OUTPUT_STATS[OUTPUTS_MAX]
 
 
+def count(number: Any) -> int:
+    """A counter or a sum of counters as a message holds it, whatever a worker wrote."""
+    return min(max(int(number), 0), COUNT_MAX)
+
+
 def worker_totals(worker: Worker) -> dict[str, int]:
     """The counters of a worker by name."""
-    return {name: int(worker.stats.header[name]) for name in WORKER_TOTALS}
+    return {name: count(worker.stats.header[name]) for name in WORKER_TOTALS}
 
 
 def worker_drops(worker: Worker) -> dict[str, int]:
     """What a worker dropped by cause; send errors by errno besides."""
     header = worker.stats.header
-    drops = {cause.name.lower(): int(header["drops"][cause]) for cause in DropCause if cause is not DropCause.NONE}
-    drops[DropCause.RING_FULL.name.lower()] = int(header["ring_full"])
-    for errno in np.flatnonzero(header["errno_counts"]):
-        drops[f"send_error_errno_{errno}"] = int(header["errno_counts"][errno])
+    drops = {cause.name.lower(): count(header["drops"][cause]) for cause in DropCause if cause is not DropCause.NONE}
+    drops[DropCause.RING_FULL.name.lower()] = count(header["ring_full"])
+    errno_counts = header["errno_counts"].copy()  # NumPy raises when what it looks through changes meanwhile
+    for errno in np.flatnonzero(errno_counts):
+        drops[f"send_error_errno_{errno}"] = count(errno_counts[errno])
     return drops
 
 
@@ -95,7 +102,7 @@ class Sampler:
             **worker_totals(worker),
             packets_per_second=self._rate(newer["packets_relayed"], older["packets_relayed"]),
             bits_per_second=8 * self._rate(newer["bytes_relayed"], older["bytes_relayed"]),
-            ring_fill_max_percent=int(worker.stats.header["ring_fill_max"].max()),
+            ring_fill_max_percent=min(count(worker.stats.header["ring_fill_max"].max()), 100),
             drops=worker_drops(worker),
         )
 
@@ -105,10 +112,10 @@ class Sampler:
         workers = self.workers()
         drops: dict[str, int] = {}
         for worker in workers:
-            for cause, count in worker.drops.items():
-                drops[cause] = drops.get(cause, 0) + count
+            for cause, dropped in worker.drops.items():
+                drops[cause] = count(drops.get(cause, 0) + dropped)
         totals: Mapping[str, int] = {
-            name: sum(worker[name] for worker in sample.workers.values()) for name in WORKER_TOTALS
+            name: count(sum(worker[name] for worker in sample.workers.values())) for name in WORKER_TOTALS
         }
         return Stats(
             request_id=request_id,
@@ -129,21 +136,21 @@ class Sampler:
         return RuleStats(
             rule_id=rule.rule_id,
             state=planned.state,
-            packets_matched=int(counters["packets"]),
-            bytes_matched=int(counters["bytes"]),
-            packets_relayed=int(sent["packets"].sum()),
-            bytes_relayed=int(sent["bytes"].sum()),
+            packets_matched=count(counters["packets"]),
+            bytes_matched=count(counters["bytes"]),
+            packets_relayed=count(sent["packets"].sum()),
+            bytes_relayed=count(sent["bytes"].sum()),
             packets_per_second=self._rate(int(newer["packets"].sum()), int(older["packets"].sum())),
             bits_per_second=8 * self._rate(int(newer["bytes"].sum()), int(older["bytes"].sum())),
             outputs=[
                 OutputStats(
                     output=output_name(output.output),
-                    packets=int(sent[i]["packets"]),
-                    bytes=int(sent[i]["bytes"]),
+                    packets=count(sent[i]["packets"]),
+                    bytes=count(sent[i]["bytes"]),
                     drops={
-                        DropCause.TTL.name.lower(): int(sent[i]["drops_ttl"]),
-                        DropCause.EGRESS_FULL.name.lower(): int(sent[i]["drops_full"]),
-                        DropCause.SEND_ERROR.name.lower(): int(sent[i]["drops_error"]),
+                        DropCause.TTL.name.lower(): count(sent[i]["drops_ttl"]),
+                        DropCause.EGRESS_FULL.name.lower(): count(sent[i]["drops_full"]),
+                        DropCause.SEND_ERROR.name.lower(): count(sent[i]["drops_error"]),
                     },
                 )
                 for i, output in enumerate(planned.outputs)
