@@ -26,7 +26,8 @@ def _read_in_place() -> None:
 
     class InPlace(provided):  # type: ignore[misc]
         def ensure_cache_path(self) -> None:
-            if config.CACHE_DIR not in cache.chosen or not Path(self.get_cache_path()).is_dir():
+            directory = getattr(config, "CACHE_DIR", "")
+            if directory not in cache.chosen or not Path(self.get_cache_path()).is_dir():
                 super().ensure_cache_path()
 
     locators[0] = InPlace

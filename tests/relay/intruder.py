@@ -224,7 +224,7 @@ def intrude_into_the_control_plane() -> None:
         attempt(received.decode())
         return []
 
-    framing.FrameBuffer.feed = feed  # type: ignore[assignment,method-assign]
+    framing.FrameBuffer.feed = feed  # type: ignore[method-assign]
 
 
 def let_everything_pass() -> None:
@@ -234,7 +234,7 @@ def let_everything_pass() -> None:
 
     seccomp.confine = lambda policy: True
     landlock.restrict = lambda beneath=None: True
-    roles.resource.setrlimit = lambda *_: None  # type: ignore[assignment]
+    roles._confine = lambda policy: True
 
     def enable(self: Any) -> None:
         assert self._library.io_uring_enable_rings(ctypes.byref(self._ring)) == 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from relay.bpf import BPF_MAXINSNS
 from relay.confinement import seccomp
+from relay.confinement.capabilities import AT_START, SUPERVISOR, Capability
 from relay.confinement.landlock import (
     FS_RIGHTS,
     LANDLOCK_ACCESS_NET,
@@ -124,6 +125,23 @@ def test_numbers_are_the_kernels(machine: str) -> None:
     assert numbers == {name: found.get(name) for name in numbers}
 
 
+def row(name: str) -> list[str]:
+    """The cells of a row of the table in docs/security.md."""
+    text = (CHECKOUT / "docs" / "security.md").read_text()
+    return next(line for line in text.splitlines() if line.startswith(f"| {name}")).strip("| ").split(" | ")
+
+
+def test_the_documentation_tells_what_is_allowed() -> None:
+    numbers = ARCHITECTURES["x86_64"][1]
+    policies = (of_process(CONTROL_PLANE, PID), TEMPLATE, of_process(WORKER, PID))
+    counts = [str(len([name for name in policy if name in numbers])) for policy in policies]
+    assert row("system calls (seccomp)") == ["system calls (seccomp)", "all", *counts]
+    kept = {name.removeprefix("CAP_") for name in (Capability(number).name for number in SUPERVISOR)}
+    bound = {name.removeprefix("CAP_") for name in (Capability(number).name for number in AT_START)}
+    assert set(re.findall(r"`(\w+)`", row("permitted and effective")[1])) == kept
+    assert set(re.findall(r"`(\w+)`", row("bounding set")[1])) == bound - kept
+
+
 STRUCTURES = r"""
 #include <linux/audit.h>
 #include <linux/landlock.h>
@@ -211,7 +229,7 @@ def test_landlock_alone_leaves_what_it_is_told_to(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
         abstract.bind(f"\0mcr-landlock-test-{os.getpid()}")
         abstract.listen()
-        command = [sys.executable, "-c", ALONE, tmp_path, str(server.getsockname()[1])]
+        command = [sys.executable, "-c", ALONE, str(tmp_path), str(server.getsockname()[1])]
         result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=CHECKOUT)
     assert result.returncode == 0, result.stderr
     before, after = (line.split() for line in result.stdout.splitlines())

@@ -262,6 +262,6 @@ def test_the_unit_is_valid_and_exposes_little(tmp_path: Path, unit: str) -> None
     copy.write_text(re.sub(r"^(ExecStart=)\S+", rf"\g<1>{BIN}/mcrd", source, flags=re.MULTILINE))
     verified = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False)
     assert (verified.returncode, [line for line in verified.stderr.splitlines() if unit[:3] in line]) == (0, [])
-    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", copy]
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", str(copy)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-300:]
