@@ -1,5 +1,6 @@
 """Preflight: what the machine must allow before anything starts. Each refusal names the remedy in its line."""
 
+import ctypes
 import os
 import platform
 import re
@@ -18,6 +19,8 @@ from relay.trust import check_cache, check_compiled, trusted_uids
 
 KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
+SYS_IO_URING_SETUP = 425  # the same on every architecture
+IO_URING_PARAMS_BYTES = 120  # struct io_uring_params
 IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 
 
@@ -31,6 +34,19 @@ def check_kernel(release: str, io_uring_disabled: int) -> None:
             f"io_uring is disabled (kernel.io_uring_disabled = {io_uring_disabled}): "
             "run `sysctl kernel.io_uring_disabled=0`"
         )
+
+
+def check_io_uring() -> None:
+    """Make one and close it. Raises PreflightError with the kernel's reason when a worker could not have one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(IO_URING_PARAMS_BYTES)
+    descriptor = libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters)
+    if descriptor < 0:
+        raise PreflightError(
+            f"io_uring is refused: {os.strerror(ctypes.get_errno())}: a seccomp filter forbids it, as containers' do, "
+            "or memory is short: allow io_uring_setup, io_uring_enter and io_uring_register"
+        )
+    os.close(descriptor)
 
 
 def check_capabilities(effective: int) -> None:
@@ -81,6 +97,7 @@ def check(options: Options) -> tuple[int, ...]:
     """Check everything; return the cores of the workers. Raises PreflightError."""
     disabled = int(IO_URING_DISABLED.read_text()) if IO_URING_DISABLED.exists() else 0
     check_kernel(platform.release(), disabled)
+    check_io_uring()
     status = Path("/proc/self/status").read_text()
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     check_capabilities(int(effective[1], 16) if effective else 0)

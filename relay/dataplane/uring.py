@@ -8,6 +8,7 @@ Source: liburing.h (struct io_uring, io_uring_sq, io_uring_cq), man 2 io_uring_s
 
 import ctypes
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -118,7 +119,7 @@ def _array_at(address: int, dtype: Any, count: int) -> Any:
 class Uring:
     """An io_uring of `entries` SQEs and twice as many CQEs. A context manager; close() ends it."""
 
-    def __init__(self, entries: int) -> None:
+    def __init__(self, entries: int, operations: Sequence[int] = (IORING_OP_SENDMSG,)) -> None:
         """Raises PreflightError when the kernel refuses io_uring."""
         self._library = load_liburing()
         self._ring = IoUring()
@@ -133,7 +134,7 @@ class Uring:
             raise PreflightError(
                 f"io_uring_queue_init_params: {os.strerror(-result)}: needs Linux 6.1 and kernel.io_uring_disabled = 0"
             )
-        self._restrict()
+        self._restrict(operations)
         sq, cq = self._ring.sq, self._ring.cq
         self.fd: int = self._ring.ring_fd
         self.sqes = _array_at(sq.sqes, IO_URING_SQE, sq.ring_entries)
@@ -144,11 +145,12 @@ class Uring:
         self.cq_tail_ptr: int = cq.ktail
         self.cq_mask: int = cq.ring_mask
 
-    def _restrict(self) -> None:
-        """Allow one operation, and start. Raises PreflightError."""
-        allowed = IoUringRestriction(IORING_RESTRICTION_SQE_OP, IORING_OP_SENDMSG)
+    def _restrict(self, operations: Sequence[int]) -> None:
+        """Allow these alone, and start. Raises PreflightError."""
+        allowed = [IoUringRestriction(IORING_RESTRICTION_SQE_OP, operation) for operation in operations]
+        restrictions = (IoUringRestriction * len(allowed))(*allowed)
         ring = ctypes.byref(self._ring)
-        result = self._library.io_uring_register_restrictions(ring, ctypes.byref(allowed), ctypes.c_uint(1))
+        result = self._library.io_uring_register_restrictions(ring, restrictions, ctypes.c_uint(len(allowed)))
         result = result or self._library.io_uring_enable_rings(ring)
         if result < 0:
             self.close()

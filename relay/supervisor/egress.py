@@ -15,6 +15,7 @@ from relay.rules import is_multicast
 from relay.supervisor.ingress import attach_filter
 from relay.supervisor.interfaces import Interface
 
+IP_RECVERR = 11
 IP_TRANSPARENT = 19
 IP_MTU_DISCOVER = 10
 IP_PMTUDISC_DONT = 0  # fragment what is larger than the MTU, as the sender's own host would
@@ -97,4 +98,6 @@ def _set_up(egress: socket.socket, key: EgressKey) -> None:
     elif key.ttl is not None:
         egress.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, key.ttl)
     if key.is_connected:
+        # What a full queue drops is told, to be counted. Not for unicast, where an ICMP error would fail a later send.
+        egress.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
         egress.connect((key.group, key.port))

@@ -106,7 +106,7 @@ def main() -> None:
     """Relay until SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     buffers = np.zeros((BUFFERS, BUFFER_BYTES), np.uint8)
-    with Uring(4) as uring, open_input() as source, open_output() as target:
+    with Uring(4, (IORING_OP_SEND, IORING_OP_RECV)) as uring, open_input() as source, open_output() as target:
         ring = np.array(
             [uring.fd, uring.sq_tail_ptr, uring.sq_mask, uring.cq_head_ptr, uring.cq_tail_ptr, uring.cq_mask], np.int64
         )
