@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+chosen: set[str] = set()  # the directories that `use` chose
+
 
 def use(name: str, folders: Iterable[Path]) -> Path:
     """Have Numba cache under `sys.prefix`/var/`name`, by the state of the sources in `folders`; return where."""
@@ -18,6 +20,7 @@ def use(name: str, folders: Iterable[Path]) -> Path:
         for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
     directory = Path(sys.prefix) / "var" / name / digest.hexdigest()[:16]
+    chosen.add(str(directory))
     os.environ["NUMBA_CACHE_DIR"] = str(directory)
     if "numba" in sys.modules:
         sys.modules["numba"].config.CACHE_DIR = str(directory)

@@ -92,6 +92,16 @@ def unlink(name: str) -> None:
         posix_ipc.unlink_shared_memory(f"/{name}")
 
 
+def hand_over(fd: int, uid: int, gid: int) -> None:
+    """Give a file to a user and group, -1 for no change. Raises OSError.
+
+    Nothing is asked of the kernel where nothing changes: a service may be forbidden to change owners at all.
+    """
+    status = os.fstat(fd)
+    if (uid, gid) != (-1, -1) and (uid, gid) != (status.st_uid, status.st_gid):
+        os.fchown(fd, uid, gid)
+
+
 class Segment:
     """A mapped segment; a context manager. `memory` is the mapping, `bytes` the same as a NumPy array."""
 
@@ -149,7 +159,7 @@ class Segment:
             raise SegmentError(f"/dev/shm/{name}: {error}") from error
         try:
             os.posix_fallocate(shm.fd, 0, segment_bytes(capacity))
-            os.fchown(shm.fd, uid, gid)
+            hand_over(shm.fd, uid, gid)
         except OSError as error:
             os.close(shm.fd)
             unlink(name)
@@ -394,7 +404,8 @@ def used_by(name: str) -> list[int]:
             if is_mapped or any(descriptor.readlink() == path for descriptor in (process / "fd").iterdir()):
                 pids.append(int(process.name))
         except PermissionError:
-            if os.geteuid():
+            # What a zombie had is closed, and its entries in /proc belong to root.
+            if os.geteuid() and process_start_ticks(int(process.name)) is not None:
                 raise SegmentError(
                     f"/dev/shm/{name} can't be read, and only root can tell whether it is in use: run as root"
                 ) from None

@@ -15,7 +15,7 @@ from relay.dataplane import CACHE_DIRECTORY
 from relay.errors import PreflightError
 from relay.privileges import resolve_trusted_group
 from relay.supervisor.interfaces import snapshot
-from relay.trust import check_cache, trusted_uids
+from relay.trust import check_cache, check_compiled, trusted_uids
 
 KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
@@ -102,6 +102,7 @@ def check(options: Options) -> tuple[int, ...]:
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     check_capabilities(int(effective[1], 16) if effective else 0)
     check_cache(CACHE_DIRECTORY, trusted_uids())
+    check_compiled(CACHE_DIRECTORY)
     check_interfaces(options.interfaces)
     check_sinks(options)
     resolve_trusted_group(options.socket_group)

@@ -17,7 +17,8 @@ PR_SET_NO_NEW_PRIVS = 38
 def drop_to(uid: int, gid: int) -> None:
     """Become `uid`:`gid` for good, with no capability, no supplementary group and no way to gain any of them.
 
-    A process that never had privileges keeps its user. Raises PreflightError when the kernel left a way back.
+    A process that never was root keeps its user, who is its supervisor's, too. Raises PreflightError when the kernel
+    left a way back.
     """
     if os.geteuid() == 0:
         capabilities.bound_to(())
@@ -26,10 +27,12 @@ def drop_to(uid: int, gid: int) -> None:
         os.setresuid(uid, uid, uid)
         if uid != 0 and 0 in os.getresuid():
             raise PreflightError(f"could not give up root for uid {uid}")
+        # No ptrace by the same user, and nothing to read in /proc. A supervisor of the same user must see its children
+        # there, also where /proc hides processes that one may not trace (hidepid, ProtectProc).
+        prctl(PR_SET_DUMPABLE, 0)
     _check_alone()
     capabilities.keep_only(())
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    prctl(PR_SET_DUMPABLE, 0)  # no core file, and no ptrace by the same user
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

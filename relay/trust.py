@@ -39,6 +39,15 @@ def check_cache(directory: Path, trusted: Collection[int]) -> None:
         _check(path, trusted, sticky_helps=False)
 
 
+def check_compiled(directory: Path) -> None:
+    """Raises PreflightError when there is no compiled code, and it can't be written by this process either."""
+    if directory.is_dir():
+        return
+    made_in = next(parent for parent in directory.parents if parent.is_dir())
+    if not os.access(made_in, os.W_OK):
+        raise PreflightError(f"no compiled code for these sources in {directory}: run `make setup` as who may write")
+
+
 def _everything_in(directory: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):

@@ -107,7 +107,8 @@ def pass_on() -> None:
     if os.geteuid() == 0:
         return
     mask = permitted()
-    _set(mask, mask)
+    with contextlib.suppress(PermissionError):  # forbidden, see keep_only: then nobody has emptied the inheritable set
+        _set(mask, mask)
     for capability in range(mask.bit_length()):
         if mask >> capability & 1:
             prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
@@ -120,15 +121,22 @@ def passed_on() -> Iterator[None]:
     try:
         yield
     finally:
-        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-        _set(permitted(), 0)
+        keep_only(range(64))
 
 
 def keep_only(kept: Collection[int]) -> None:
-    """Reduce the effective and permitted sets to `kept`, and empty the inheritable and ambient ones. Raises OSError."""
+    """Reduce the effective and permitted sets to `kept`, and empty the inheritable and ambient ones. Raises OSError.
+
+    A service manager may forbid capset(2). If no more is permitted already, that leaves an inheritable set, by which
+    no program without file capabilities gets anything.
+    """
     mask = permitted() & sum(1 << capability for capability in kept)
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    _set(mask, 0)
+    try:
+        _set(mask, 0)
+    except PermissionError:
+        if permitted() != mask:
+            raise
 
 
 def bound_to(kept: Collection[int]) -> None:

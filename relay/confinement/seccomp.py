@@ -147,7 +147,7 @@ TEMPLATE: Policy = {
     **_always(
         "read", "write", "lseek", "recvfrom", "sendmsg", "accept", "accept4", "fork", "wait4", "set_robust_list",
         "select", "pselect6", "tgkill", *REFUSED, "newfstatat", "getdents64", "io_uring_setup", "io_uring_register",
-        "seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self",
+        "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self",
     ),
     "clone": (Check(0, without=CLONE_THREAD | CLONE_NAMESPACES),),
     "ioctl": (Check(1, (FIONBIO, TCGETS), otherwise=EACCES),),

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import posix_ipc
 
+from logging_shm.segment import hand_over
 from relay.dataplane import layout
 
 
@@ -46,7 +47,7 @@ class StatsSegment:
         shm = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
         try:
             os.posix_fallocate(shm.fd, 0, layout.STATS_BYTES)
-            os.fchown(shm.fd, uid, gid)
+            hand_over(shm.fd, uid, gid)
         except OSError:
             posix_ipc.unlink_shared_memory(f"/{name}")
             raise

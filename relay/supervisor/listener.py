@@ -49,7 +49,7 @@ def listening(
         try:
             if adopted is None:
                 _bind(listener, path, log)
-            if gid is not None:
+            if gid is not None and path.stat().st_gid != gid:  # a service may be forbidden to change owners
                 os.chown(path, -1, gid)
             path.chmod(int(mode, 8) if mode else SOCKET_MODE if gid is None else SOCKET_MODE_OF_GROUP)
             listener.listen(BACKLOG)
