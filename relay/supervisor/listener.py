@@ -38,7 +38,8 @@ def _answers(path: Path) -> bool:
 def listening(path: Path, log: Logger, adopted: socket.socket | None = None) -> Iterator[socket.socket]:
     """A listening socket at `path`, which is removed at the end.
 
-    A former supervisor's is `adopted`: clients that wait there are answered. What a killed one left without anybody
+    A former supervisor's is `adopted`: clients that wait there are answered. It stays there for the next start when
+    this one fails. What a killed one left without anybody
     behind it is replaced. Raises PreflightError when it is in use or can't be made.
     """
     with adopted or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -46,8 +47,11 @@ def listening(path: Path, log: Logger, adopted: socket.socket | None = None) -> 
             _bind(listener, path, log)
         try:
             yield listener
-        finally:
-            path.unlink(missing_ok=True)
+        except BaseException:
+            if adopted is None:
+                path.unlink(missing_ok=True)
+            raise
+        path.unlink(missing_ok=True)
 
 
 def _bind(listener: socket.socket, path: Path, log: Logger) -> None:

@@ -15,7 +15,9 @@ import resource
 import selectors
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -53,7 +55,7 @@ from relay.supervisor.link import ControlPlaneLink
 from relay.supervisor.listener import listening
 from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
-from relay.supervisor.orphans import LISTENER, end, take_over
+from relay.supervisor.orphans import LISTENER, claim, end, take_over
 from relay.supervisor.restart import Restarter
 from relay.supervisor.sampling import Sampler
 from relay.supervisor.state import VERSION as STATE_VERSION
@@ -65,6 +67,8 @@ STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes und
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
 DESCRIPTORS_WANTED = 1 << 20
+ENDING = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*ENDING, signal.SIGHUP)
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
 
@@ -96,6 +100,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until told to stop; return the exit code. Raises RelayError when starting fails."""
+        # Whoever says to stop while former workers are taken over wants them to end, too: that waits until it can be.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with self._stack:
             with segments.explained():
                 self._open_logs()
@@ -111,8 +117,9 @@ class Supervisor:
                     f"The supervisor failed, workers go on relaying, the next mcrd takes over: {error!r}"
                 )
                 self._log_drain.stop()
-                self._stack.pop_all()
-                raise
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(ExitCode.FAILURE)  # as if killed: nothing is closed, nothing removed
             self._stop()
         return ExitCode.FAILURE if self._failed else ExitCode.OK
 
@@ -121,6 +128,9 @@ class Supervisor:
         options, (uid, gid) = self._options, self._owner
         _raise_descriptor_limit()
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
+        claimed = claim(self._control_socket)
+        if claimed is not None:
+            self._stack.callback(os.close, claimed)
         segments.refuse_living(options.instance, uid)
         lines = self._find_former(ring_bytes, fanout)
         former_pids = self._orphans.pids() if self._orphans is not None else set()
@@ -191,9 +201,7 @@ class Supervisor:
         adopted = orphans.take_listener(path) if orphans is not None else None
         self._listener = self._stack.enter_context(listening(path, self._log, adopted))
         self._keeper = Keeper(path)
-        self._stack.callback(self._keeper.close)
-        if not self._options.state:
-            self._stack.callback(self._state.remove)
+        self._stack.callback(lambda: self._keeper.close(former_stays=self._orphans is not None))
         self._monitor = self._stack.enter_context(contextlib.closing(interfaces.InterfaceMonitor()))
         self._selector.register(self._monitor, selectors.EVENT_READ, self._on_interfaces)
         self._wakeup = self._stack.enter_context(_signal_socket())
@@ -243,12 +251,12 @@ class Supervisor:
         revision = (self._fleet.revision, self._nursery.template_pid)
         if revision == self._published:
             return
-        sockets = {LISTENER: self._listener, **self._fleet.kept()}
+        kept = {LISTENER: self._listener, **self._fleet.kept()}
         try:
-            self._keeper.publish(sockets, self._fleet.inventory(self._nursery.template_pid))
+            self._keeper.publish(kept, self._fleet.inventory(self._nursery.template_pid))
         except RelayError as error:
             self._log.error(str(error))
-        if self._keeper.is_complete(sockets):
+        if self._keeper.is_complete(kept):
             self._published = revision
             self._fleet.let_outlive()
 
@@ -257,8 +265,11 @@ class Supervisor:
             self._handover.begin(worker)
 
     def _on_handed_over(self) -> None:
-        """The former workers are gone: so are their rings' writers."""
-        self._handover = self._orphans = None
+        """The former workers are gone: the next supervisor is to find these now, and nobody the former template."""
+        orphans, self._handover, self._orphans = self._orphans, None, None
+        self._publish()
+        if orphans is not None:
+            orphans.close()
         self._log_drain.stale_ended()
 
     def _give_up(self) -> None:
@@ -266,7 +277,14 @@ class Supervisor:
         self._failed = self._stopping = True
 
     def _start_anew(self) -> None:
-        """Become the program that is installed now. Workers relay meanwhile, clients wait at the control socket."""
+        """Become the program that is installed now. Workers relay meanwhile, clients wait at the control socket.
+
+        Returns when a signal has said to stop before. One that comes later waits for the new program.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._on_signals()
+        if not self._restarting:
+            return
         self._log.notice("Starting anew: workers go on relaying")
         self._link.stop()
         self._log_drain.stop()
@@ -279,17 +297,25 @@ class Supervisor:
         if self._orphans is not None:
             end(self._orphans.predecessors.values())
             self._orphans.close()
+            self._orphans = None
         self._nursery.stop(time.monotonic() + STOP_S_MAX)
         self._link.stop()
+        self._restarter.stop()
+        if not self._options.state and not self._failed:
+            self._state.remove()
         self._report()
         self._log.info("Shutting down...")
 
     # --- what happens -----------------------------------------------------------------------------
 
     def _on_signals(self) -> None:
-        for number in self._wakeup.recv(4096):
-            if number in (signal.SIGINT, signal.SIGTERM):
-                self._stopping = True
+        try:
+            numbers = self._wakeup.recv(4096)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number in ENDING:
+                self._stopping, self._restarting = True, False
             elif number == signal.SIGHUP:
                 self._reconfigure()
 
@@ -380,7 +406,8 @@ class Supervisor:
     def _on_restart(self, request: Restart) -> None:
         def agree() -> None:
             self._link.tell(Done(request.request_id))
-            self._stopping = self._restarting = True
+            self._restarting = not self._stopping
+            self._stopping = True
 
         if self._handover is not None:
             self._link.tell(Refused(request.request_id, "the last restart is not over: former workers still run"))
@@ -452,8 +479,9 @@ def _signal_socket() -> Iterator[socket.socket]:
         wakeup.setblocking(False)
         signalled.setblocking(False)
         former = signal.set_wakeup_fd(signalled.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield wakeup
         finally:
