@@ -133,8 +133,11 @@ class Supervisor:
             self._stack.callback(os.close, claimed)
         segments.refuse_living(options.instance, uid)
         lines = self._find_former(ring_bytes, fanout)
-        former_pids = self._orphans.pids() if self._orphans is not None else set()
-        stale = segments.remove_stale(options.instance, uid, orphans={os.getpid(), *former_pids})
+        pids, adopted = {os.getpid()}, set[int]()
+        if self._orphans is not None:
+            pids |= self._orphans.pids()
+            adopted = self._orphans.stats_identities()
+        stale = segments.remove_stale(options.instance, uid, orphans=pids, adopted=adopted)
         logging = self._stack.enter_context(SupervisorLogging(options.instance))
         self._log = logging.logger(Facility.Supervisor)
         name = segment_name(Facility.ControlPlane, instance=options.instance)

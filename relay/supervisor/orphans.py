@@ -224,6 +224,10 @@ class Orphans:
         """The processes that run and use segments."""
         return {self.inventory.template.pid, *(predecessor.pid for predecessor in self.predecessors.values())}
 
+    def stats_identities(self) -> set[int]:
+        """The files of the counters, as logging_shm.segment.identity_of tells them."""
+        return {os.fstat(stats.fileno()).st_ino for stats in self.kept.stats.values()}
+
     def place(self, core: int, ring_number: int) -> int:
         """How far a core's ring was read, as `ring_sent` of the stats header counts it."""
         return int(self.kept.stats[core].header["ring_sent"][ring_number])
