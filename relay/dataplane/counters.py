@@ -27,10 +27,12 @@ class StatsSegment:
     def __init__(self, name: str, fd: int, owner: bool) -> None:
         self.name = name
         self._owner = owner
+        self._fd = fd
         try:
             self._map = mmap.mmap(fd, layout.STATS_BYTES)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
         self.bytes: Any = np.frombuffer(self._map, np.uint8)
         rules_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
         self.header: Any = self.bytes[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER)[0]
@@ -70,8 +72,15 @@ class StatsSegment:
         """Count what the kernel lost. The worker may have left any number there."""
         self.header["ring_full"] = min(int(self.header["ring_full"]) + datagrams, layout.COUNT_MAX)
 
+    def fileno(self) -> int:
+        """The descriptor, by which the segment can be handed on when its name is another's."""
+        return self._fd
+
     def close(self) -> None:
         """Unlink the segment if this process made it. The mapping ends with the last view."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
         if self._owner:
             posix_ipc.unlink_shared_memory(f"/{self.name}")
             self._owner = False

@@ -74,7 +74,10 @@ class Template:
     def _serve(self, wakeup: socket.socket) -> bool:
         """Wait for the next event and deal with it; False when told to leave."""
         supervisor = self._channel or self._handover
-        readable, _, _ = select.select([supervisor.fileno(), wakeup.fileno()], [], [])
+        waiting = select.poll()  # select(2) takes no descriptor above 1 023, and thousands may be kept
+        waiting.register(supervisor, select.POLLIN)
+        waiting.register(wakeup, select.POLLIN)
+        readable = {descriptor for descriptor, _ in waiting.poll()}
         if wakeup.fileno() in readable:
             wakeup.recv(4096)
             self._reap()
@@ -121,7 +124,7 @@ class Template:
                 some = names[at : at + DESCRIPTORS_MAX]
                 channel.send(Kept(tuple(some)), [self._kept[name] for name in some])
             channel.send(KeptAll())
-        except ChannelClosedError:
+        except (ChannelClosedError, OSError):
             channel.close()
             return
         self._channel = channel

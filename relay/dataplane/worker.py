@@ -82,6 +82,8 @@ class Worker:
             reason = loop.run(self.memory.worker, self.table.view)
             if reason == loop.DRAINED:
                 return
+            # Read before what it announces, or a release that comes between the two looks would never be seen.
+            doorbell = int(self.stats.header["doorbell"])
             released = int(self.stats.header["release"])
             if released == layout.RELEASE_NOW:
                 if self.holds_copies():
@@ -90,6 +92,7 @@ class Worker:
                 return
             if released == layout.RELEASE_DRAINED:
                 self.close_ingress()
+            self.memory.worker["doorbell_seen"] = doorbell
             try:
                 self.obey()
             except ChannelClosedError:
@@ -106,7 +109,6 @@ class Worker:
 
     def obey(self) -> None:
         """Carry out the supervisor's messages that wait."""
-        self.memory.worker["doorbell_seen"] = self.stats.header["doorbell"]
         if self.memory.worker["control_fd"] == NO_DESCRIPTOR:
             return
         while True:

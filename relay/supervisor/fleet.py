@@ -35,6 +35,7 @@ from relay.supervisor.ingress import (
     take_ring_drops,
 )
 from relay.supervisor.interfaces import Interface
+from relay.supervisor.keeper import Descriptor
 from relay.supervisor.membership import Memberships
 from relay.supervisor.orphans import VERSION as INVENTORY_VERSION
 from relay.supervisor.orphans import (
@@ -42,10 +43,13 @@ from relay.supervisor.orphans import (
     KeptRing,
     Orphans,
     Predecessor,
+    boot_id,
     kept_memberships,
+    kept_template,
     kept_worker,
     membership_name,
     ring_name,
+    stats_name,
 )
 from relay.supervisor.plan import Plan, PlannedRule, make_plan
 
@@ -66,6 +70,11 @@ class Numbers:
             raise RuleError(f"more than {self._limit} at once: remove rules first")
         self._next += 1
         return self._next - 1
+
+    def reserve(self, numbers: Collection[int]) -> None:
+        """At the beginning: these are in use."""
+        self._next = max(numbers, default=-1) + 1
+        self._free = [number for number in range(self._next) if number not in numbers]
 
     def left(self) -> int:
         """How many are free."""
@@ -153,6 +162,7 @@ class Fleet:
         self._fanout = fanout
         self._exclusive = exclusive
         self._orphans = orphans
+        self._orphaned: dict[tuple[str, int], KeptRing] = {}  # not adopted yet
         self.revision = 0  # of what `kept` and `inventory` tell
         self._rings: dict[str, Ring] = {}
         self._ring_numbers = Numbers(layout.RINGS_MAX)
@@ -164,6 +174,8 @@ class Fleet:
         if orphans is not None:
             kept = orphans.inventory
             self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
+            self._orphaned = {(ring.interface, ring.ifindex): ring for ring in kept.rings}
+            self._ring_numbers.reserve({ring.number for ring in kept.rings})
         self._retired = Retired()
         self._table = compile_table((), (), 0)
         try:
@@ -350,10 +362,13 @@ class Fleet:
                     self._open_rings(name, ifindex)
                 except RelayError as error:
                     warnings.append(str(error))
+        self._ring_numbers.give_back(kept.number for kept in self._orphaned.values())  # their interfaces are gone
+        self._orphaned.clear()
 
     def _open_rings(self, name: str, ifindex: int) -> None:
-        ring = Ring(self._ring_numbers.take(), name, ifindex)
-        sockets = self._adopt_ring(ring)
+        kept = self._orphaned.pop((name, ifindex), None)
+        ring = Ring(self._ring_numbers.take() if kept is None else kept.number, name, ifindex)
+        sockets = [] if kept is None else self._adopt_ring(ring, kept)
         readers = [worker for worker in self.workers if not worker.is_excluded]
         try:
             while len(sockets) < len(readers):
@@ -370,16 +385,22 @@ class Fleet:
             if worker.running and worker.predecessor is None:
                 self._hand_ring(worker, ring.number)
 
-    def _adopt_ring(self, ring: Ring) -> list[socket.socket]:
+    def _adopt_ring(self, ring: Ring, kept: KeptRing) -> list[socket.socket]:
         """The sockets of a former supervisor's ring on this interface, which go on filling meanwhile; [] without."""
-        for kept in self._orphans.inventory.rings if self._orphans is not None else ():
-            if (kept.interface, kept.ifindex) == (ring.interface, ring.ifindex):
-                assert self._orphans is not None
-                sockets = self._orphans.take_ring(kept)
-                if sockets is not None:
-                    ring.fanout_id, ring.is_adopted = kept.fanout_id, True
-                    return sockets
-        return []
+        assert self._orphans is not None
+        sockets = self._orphans.take_ring(kept)
+        if sockets is None:
+            return []
+        ring.fanout_id, ring.is_adopted = kept.fanout_id, True
+        for worker in self.workers:
+            if worker.predecessor is None:  # it has died, and its rings went on filling
+                self._go_on_in(worker, ring)
+        return sockets
+
+    def _go_on_in(self, worker: Worker, ring: Ring) -> None:
+        """Let a worker begin where its predecessor left off."""
+        assert self._orphans is not None
+        worker.stats.header["ring_sent"][ring.number] = self._orphans.place(worker.core, ring.number)
 
     def _set_filters(self, plan: Plan) -> None:
         for name, ring in self._rings.items():
@@ -447,14 +468,15 @@ class Fleet:
 
     # --- what outlives this supervisor ------------------------------------------------------------
 
-    def kept(self) -> dict[str, socket.socket]:
-        """The sockets that the next supervisor goes on with, by name."""
-        sockets = {
+    def kept(self) -> dict[str, Descriptor]:
+        """What the next supervisor goes on with, by name."""
+        kept: dict[str, Descriptor] = {
             ring_name(number, worker.core): sock for worker in self.workers for number, sock in worker.rings.items()
         }
+        kept |= {stats_name(worker.core): worker.stats for worker in self.workers}
         for memberships in (self._memberships.joined, self._memberships.held):
-            sockets |= {membership_name(sock): sock for sock in memberships.values()}
-        return sockets
+            kept |= {membership_name(sock): sock for sock in memberships.values()}
+        return kept
 
     def let_outlive(self) -> None:
         """All is kept: workers that run go on when this supervisor is gone."""
@@ -467,8 +489,9 @@ class Fleet:
         """What the next supervisor must know of them, and of the workers."""
         return Inventory(
             version=INVENTORY_VERSION,
+            boot_id=boot_id(),
             supervisor=os.getpid(),
-            template=template_pid,
+            template=kept_template(template_pid),
             ring_bytes=self._ring_bytes,
             fanout=int(self._fanout),
             cores=tuple(worker.core for worker in self.workers),
@@ -501,12 +524,10 @@ class Fleet:
 
     def inherit_rings(self, worker: Worker) -> None:
         """A predecessor has ended: go on where it left off."""
-        predecessor, worker.predecessor = worker.predecessor, None
-        assert predecessor is not None
+        worker.predecessor = None
         for ring in self._rings.values():
-            former = predecessor.ring_numbers.get(ring.interface)
-            if ring.is_adopted and former is not None:
-                worker.stats.header["ring_sent"][ring.number] = predecessor.stats.header["ring_sent"][former]
+            if ring.is_adopted:
+                self._go_on_in(worker, ring)
         if worker.running:
             self._hand_rings(worker)
         self.revision += 1
@@ -526,6 +547,8 @@ class Fleet:
                 worker.send(Drain())
 
     def _hand_rings(self, worker: Worker) -> None:
+        if self._orphans is not None:
+            self._orphans.follow(worker.core, worker.stats)
         for number in worker.rings:
             self._hand_ring(worker, number)
 

@@ -59,7 +59,6 @@ class Handover:
         self._fleet.inherit_rings(worker)
         if any(other.predecessor is not None for other in self._fleet.workers):
             return
-        count = len(self._orphans.predecessors)
-        self._log.notice(f"Took over from supervisor {self._orphans.inventory.supervisor}: {count} workers replaced")
-        self._orphans.close()
+        count, former = len(self._orphans.predecessors), self._orphans.inventory.supervisor
         self._done()
+        self._log.notice(f"Took over from supervisor {former}: {count} workers replaced")

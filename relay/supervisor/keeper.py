@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import PreflightError
@@ -21,6 +21,13 @@ SOCKET_UMASK = 0o177
 BACKLOG = 1
 
 
+class Descriptor(Protocol):
+    """Something that has a descriptor: a socket, a stats segment."""
+
+    def fileno(self) -> int:
+        """Its number."""
+
+
 class Keeper:
     """The hand-over socket, the inventory's file, and what the template holds."""
 
@@ -29,7 +36,7 @@ class Keeper:
         self._path = handover_path(control_socket)
         self._bound = self._path.with_suffix(".handover-next")  # until a former template is no more needed
         self._file = inventory_file(control_socket)
-        self._sent: dict[str, socket.socket] = {}
+        self._sent: dict[str, Descriptor] = {}
         self._inventory: Inventory | None = None
         self._channel: Channel[Any] | None = None
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -51,8 +58,8 @@ class Keeper:
         self._channel = channel
         self._sent = {}
 
-    def publish(self, sockets: Mapping[str, socket.socket], inventory: Inventory) -> None:
-        """Have exactly `sockets` kept, and `inventory` written. Raises RelayError when the file can't be written.
+    def publish(self, wanted: Mapping[str, Descriptor], inventory: Inventory) -> None:
+        """Have exactly `wanted` kept, and `inventory` written. Raises RelayError when the file can't be written.
 
         From the first call on it is this template that the next supervisor meets. What a busy template does not take
         now is sent with the next call.
@@ -61,32 +68,33 @@ class Keeper:
             self._bound.replace(self._path)
         if self._channel is not None:
             with contextlib.suppress(BlockingIOError, ChannelClosedError):
-                self._synchronize(self._channel, sockets)
+                self._synchronize(self._channel, wanted)
         if inventory != self._inventory:
             self._file.save(inventory)
             self._inventory = inventory
 
-    def is_complete(self, sockets: Mapping[str, socket.socket]) -> bool:
+    def is_complete(self, wanted: Mapping[str, Descriptor]) -> bool:
         """Whether the template holds exactly these."""
-        return self._sent.keys() == sockets.keys() and all(self._sent[name] is sockets[name] for name in sockets)
+        return self._sent.keys() == wanted.keys() and all(self._sent[name] is wanted[name] for name in wanted)
 
-    def _synchronize(self, channel: Channel[Any], sockets: Mapping[str, socket.socket]) -> None:
-        gone = [name for name, sock in self._sent.items() if sockets.get(name) is not sock]
+    def _synchronize(self, channel: Channel[Any], wanted: Mapping[str, Descriptor]) -> None:
+        gone = [name for name, sent in self._sent.items() if wanted.get(name) is not sent]
         for at in range(0, len(gone), DESCRIPTORS_MAX):
             some = gone[at : at + DESCRIPTORS_MAX]
             channel.send(Forget(tuple(some)))
             for name in some:
                 del self._sent[name]
-        new = [name for name in sockets if name not in self._sent]
+        new = [name for name in wanted if name not in self._sent]
         for at in range(0, len(new), DESCRIPTORS_MAX):
             some = new[at : at + DESCRIPTORS_MAX]
-            channel.send(Keep(tuple(some)), [sockets[name].fileno() for name in some])
-            self._sent |= {name: sockets[name] for name in some}
+            channel.send(Keep(tuple(some)), [wanted[name].fileno() for name in some])
+            self._sent |= {name: wanted[name] for name in some}
 
-    def close(self) -> None:
-        """At a clean stop: nothing is left for anybody."""
+    def close(self, former_stays: bool = False) -> None:
+        """Leave nothing for anybody; what a former supervisor left stays where its take-over has failed."""
         self.listener.close()
         with contextlib.suppress(OSError):
             self._bound.unlink(missing_ok=True)
-            self._path.unlink(missing_ok=True)
-            self._file.remove()
+            if not former_stays:
+                self._path.unlink(missing_ok=True)
+                self._file.remove()

@@ -42,7 +42,8 @@ def listening(
 ) -> Iterator[socket.socket]:
     """A listening socket at `path`, which is removed at the end. `mode` is octal, `gid` the group that owns it.
 
-    A former supervisor's is `adopted`: clients that wait there are answered. What a killed one left without anybody
+    A former supervisor's is `adopted`: clients that wait there are answered. It stays there for the next start when
+    this one fails. What a killed one left without anybody
     behind it is replaced. Raises PreflightError when it is in use or can't be made.
     """
     with adopted or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -59,8 +60,11 @@ def listening(
             ) from error
         try:
             yield listener
-        finally:
-            path.unlink(missing_ok=True)
+        except BaseException:
+            if adopted is None:
+                path.unlink(missing_ok=True)
+            raise
+        path.unlink(missing_ok=True)
 
 
 def _bind(listener: socket.socket, path: Path, log: Logger) -> None:

@@ -15,7 +15,9 @@ import resource
 import selectors
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +56,7 @@ from relay.supervisor.link import ControlPlaneLink
 from relay.supervisor.listener import listening
 from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
-from relay.supervisor.orphans import LISTENER, end, take_over
+from relay.supervisor.orphans import LISTENER, claim, end, take_over
 from relay.supervisor.restart import Restarter
 from relay.supervisor.sampling import Sampler
 from relay.supervisor.state import VERSION as STATE_VERSION
@@ -72,6 +74,8 @@ LIMITS_WANTED = {
     resource.RLIMIT_NPROC: resource.RLIM_INFINITY,  # workers, whatever else their user runs
 }
 CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
+ENDING = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*ENDING, signal.SIGHUP)
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
 
@@ -104,6 +108,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until told to stop; return the exit code. Raises RelayError when starting fails."""
+        # Whoever says to stop while former workers are taken over wants them to end, too: that waits until it can be.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with self._stack:
             with segments.explained():
                 self._open_logs()
@@ -119,8 +125,9 @@ class Supervisor:
                     f"The supervisor failed, workers go on relaying, the next mcrd takes over: {error!r}"
                 )
                 self._log_drain.stop()
-                self._stack.pop_all()
-                raise
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(ExitCode.FAILURE)  # as if killed: nothing is closed, nothing removed
             self._stop()
         return ExitCode.FAILURE if self._failed else ExitCode.OK
 
@@ -129,10 +136,16 @@ class Supervisor:
         options, (uid, gid) = self._options, self._owner
         _raise_limits()
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
+        claimed = claim(self._control_socket)
+        if claimed is not None:
+            self._stack.callback(os.close, claimed)
         segments.refuse_living(options.instance, uid)
         lines = self._find_former(ring_bytes, fanout)
-        former_pids = self._orphans.pids() if self._orphans is not None else set()
-        stale = segments.remove_stale(options.instance, uid, orphans={os.getpid(), *former_pids})
+        pids, adopted = {os.getpid()}, set[int]()
+        if self._orphans is not None:
+            pids |= self._orphans.pids()
+            adopted = self._orphans.stats_identities()
+        stale = segments.remove_stale(options.instance, uid, orphans=pids, adopted=adopted)
         logging = self._stack.enter_context(SupervisorLogging(options.instance))
         self._log = logging.logger(Facility.Supervisor)
         name = segment_name(Facility.ControlPlane, instance=options.instance)
@@ -203,9 +216,7 @@ class Supervisor:
             listening(path, self._log, self._options.socket_mode, trusted_gid, adopted)
         )
         self._keeper = Keeper(path)
-        self._stack.callback(self._keeper.close)
-        if not self._options.state:
-            self._stack.callback(self._state.remove)
+        self._stack.callback(lambda: self._keeper.close(former_stays=self._orphans is not None))
         self._monitor = self._stack.enter_context(contextlib.closing(interfaces.InterfaceMonitor()))
         self._selector.register(self._monitor, selectors.EVENT_READ, self._on_interfaces)
         self._wakeup = self._stack.enter_context(_signal_socket())
@@ -257,12 +268,12 @@ class Supervisor:
         revision = (self._fleet.revision, self._nursery.template_pid)
         if revision == self._published:
             return
-        sockets = {LISTENER: self._listener, **self._fleet.kept()}
+        kept = {LISTENER: self._listener, **self._fleet.kept()}
         try:
-            self._keeper.publish(sockets, self._fleet.inventory(self._nursery.template_pid))
+            self._keeper.publish(kept, self._fleet.inventory(self._nursery.template_pid))
         except RelayError as error:
             self._log.error(str(error))
-        if self._keeper.is_complete(sockets):
+        if self._keeper.is_complete(kept):
             self._published = revision
             self._fleet.let_outlive()
 
@@ -271,8 +282,11 @@ class Supervisor:
             self._handover.begin(worker)
 
     def _on_handed_over(self) -> None:
-        """The former workers are gone: so are their rings' writers."""
-        self._handover = self._orphans = None
+        """The former workers are gone: the next supervisor is to find these now, and nobody the former template."""
+        orphans, self._handover, self._orphans = self._orphans, None, None
+        self._publish()
+        if orphans is not None:
+            orphans.close()
         self._log_drain.stale_ended()
 
     def _give_up(self) -> None:
@@ -280,7 +294,14 @@ class Supervisor:
         self._failed = self._stopping = True
 
     def _start_anew(self) -> None:
-        """Become the program that is installed now. Workers relay meanwhile, clients wait at the control socket."""
+        """Become the program that is installed now. Workers relay meanwhile, clients wait at the control socket.
+
+        Returns when a signal has said to stop before. One that comes later waits for the new program.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._on_signals()
+        if not self._restarting:
+            return
         self._log.notice("Starting anew: workers go on relaying")
         self._link.stop()
         self._log_drain.stop()
@@ -293,17 +314,25 @@ class Supervisor:
         if self._orphans is not None:
             end(self._orphans.predecessors.values())
             self._orphans.close()
+            self._orphans = None
         self._nursery.stop(time.monotonic() + STOP_S_MAX)
         self._link.stop()
+        self._restarter.stop()
+        if not self._options.state and not self._failed:
+            self._state.remove()
         self._report()
         self._log.info("Shutting down...")
 
     # --- what happens -----------------------------------------------------------------------------
 
     def _on_signals(self) -> None:
-        for number in self._wakeup.recv(4096):
-            if number in (signal.SIGINT, signal.SIGTERM):
-                self._stopping = True
+        try:
+            numbers = self._wakeup.recv(4096)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number in ENDING:
+                self._stopping, self._restarting = True, False
             elif number == signal.SIGHUP:
                 self._reconfigure()
 
@@ -397,7 +426,8 @@ class Supervisor:
 
         def agree() -> None:
             self._link.answer(epoch, Done(request.request_id))
-            self._stopping = self._restarting = True
+            self._restarting = not self._stopping
+            self._stopping = True
 
         def refuse(error: str) -> None:
             self._link.answer(epoch, Refused(request.request_id, error))
@@ -485,8 +515,9 @@ def _signal_socket() -> Iterator[socket.socket]:
         wakeup.setblocking(False)
         signalled.setblocking(False)
         former = signal.set_wakeup_fd(signalled.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield wakeup
         finally:

@@ -313,7 +313,8 @@ class Nursery:
             f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {how}; {last}", core=exited.core
         )
         delay_s = worker.lives.died(lived_s)
-        if worker.lives.is_hopeless and not worker.is_excluded:
+        # While a former supervisor's worker relays, nothing is lost by waiting for one that lives.
+        if worker.lives.is_hopeless and not worker.is_excluded and worker.predecessor is None:
             self._exclude(worker)
         self._timers.after(delay_s, lambda: self._respawn(worker))
 

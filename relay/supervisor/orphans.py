@@ -1,15 +1,19 @@
 """What a killed or restarting supervisor leaves running: its workers, and at their template the sockets they need.
 
-The former supervisor wrote the inventory (keeper.py), which only its user can write: pids, rings, memberships. The
-template, which is less privileged, holds the descriptors and hands them to whoever connects to its hand-over socket
-as root or as the supervisor's user. Each is checked to be what the inventory says before it is used.
+The former supervisor wrote the inventory (keeper.py), which only its user can write: pids, rings, memberships. Who
+takes over holds a lock on it, so that it is one. The template, which is less privileged, holds the descriptors and
+hands them to whoever connects to its hand-over socket as root or as the supervisor's user. Each is checked to be what
+the inventory says before it is used.
 """
 
 import contextlib
+import fcntl
 import os
+import select
 import selectors
 import signal
 import socket
+import stat
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,24 +27,30 @@ from relay.dataplane import layout
 from relay.dataplane.counters import StatsSegment
 from relay.descriptors import Channel, ChannelClosedError
 from relay.errors import PreflightError, RelayError
-from relay.messages import Exited, FromOrphans, KeptAll, Leave
+from relay.messages import Exited, FromOrphans, Keep, KeptAll, Leave
 from relay.supervisor.membership import Listen
 from relay.supervisor.state import StateFile
 
 VERSION = 1
 HANDOVER_S_MAX = 5.0  # a template answers in milliseconds
 LISTENER = "listener"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SO_ACCEPTCONN = 30
-EXITS_MAX = 1000  # told before the end of the channel: a relay has 64 workers
 END_S_MAX = 1.5  # for rings to be emptied
+TEMPLATE_END_S_MAX = 1.0
 
 
-class KeptWorker(msgspec.Struct, frozen=True):
-    """A worker's process; the start time (clock ticks since boot) tells it from one with the same pid."""
+class KeptProcess(msgspec.Struct, frozen=True):
+    """A process; the start time (clock ticks since boot) tells it from one with the same pid."""
 
-    core: int
     pid: int
     start_ticks: int
+
+
+class KeptWorker(KeptProcess, frozen=True):
+    """A worker's process."""
+
+    core: int
 
 
 class KeptRing(msgspec.Struct, frozen=True):
@@ -63,8 +73,9 @@ class Inventory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is kept beside the descriptors."""
 
     version: int
+    boot_id: str
     supervisor: int  # pid
-    template: int  # pid
+    template: KeptProcess
     ring_bytes: int
     fanout: int
     cores: tuple[int, ...]
@@ -79,9 +90,14 @@ def handover_path(control_socket: Path) -> Path:
     return control_socket.with_suffix(".handover")
 
 
+def inventory_path(control_socket: Path) -> Path:
+    """Where the inventory is."""
+    return control_socket.with_suffix(".inventory")
+
+
 def inventory_file(control_socket: Path) -> StateFile[Inventory]:
     """The file of the inventory."""
-    return StateFile(control_socket.with_suffix(".inventory"), Inventory, check, "give --socket another place")
+    return StateFile(inventory_path(control_socket), Inventory, check, "give --socket another place")
 
 
 def check(inventory: Inventory) -> None:
@@ -93,6 +109,11 @@ def check(inventory: Inventory) -> None:
 def ring_name(number: int, core: int) -> str:
     """What the socket of a ring is kept as."""
     return f"ring-{number}-core-{core}"
+
+
+def stats_name(core: int) -> str:
+    """What the counters of the worker that reads a core's rings are kept as: they tell where to go on."""
+    return f"stats-core-{core}"
 
 
 def membership_name(sock: socket.socket) -> str:
@@ -107,7 +128,17 @@ def kept_memberships(sockets: Mapping[Listen, socket.socket]) -> tuple[KeptMembe
 
 def kept_worker(core: int, pid: int) -> KeptWorker:
     """A running worker."""
-    return KeptWorker(core, pid, process_start_ticks(pid) or 0)
+    return KeptWorker(pid, process_start_ticks(pid) or 0, core)
+
+
+def kept_template(pid: int) -> KeptProcess:
+    """The template that runs."""
+    return KeptProcess(pid, process_start_ticks(pid) or 0)
+
+
+def boot_id() -> str:
+    """What tells this boot from others, in which pids and start times come again. man 4 random."""
+    return BOOT_ID.read_text().strip()
 
 
 @dataclass
@@ -118,7 +149,6 @@ class Predecessor:
     pid: int
     pidfd: int
     stats: StatsSegment
-    ring_numbers: dict[str, int]  # by interface
 
     def fileno(self) -> int:
         """The descriptor to poll: readable when the process has ended. man 2 pidfd_open."""
@@ -137,6 +167,35 @@ class Predecessor:
     def close(self) -> None:
         """Let go of it."""
         os.close(self.pidfd)
+        self.stats.close()
+
+
+@dataclass
+class Kept:
+    """What the template held: sockets by name, counters by core."""
+
+    cores: Collection[int] = ()
+    sockets: dict[str, socket.socket] = field(default_factory=dict)
+    stats: dict[int, StatsSegment] = field(default_factory=dict)
+
+    def add(self, name: str, descriptor: int) -> None:
+        """Take a descriptor in, or close it when it is neither. Raises OSError."""
+        status, core = os.fstat(descriptor), {stats_name(core): core for core in self.cores}.get(name)
+        if core is None and stat.S_ISSOCK(status.st_mode):
+            self.sockets[name] = socket.socket(fileno=descriptor)
+        elif core is not None and stat.S_ISREG(status.st_mode) and status.st_size == layout.STATS_BYTES:
+            self.stats[core] = StatsSegment(name, descriptor, owner=False)
+        else:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close what was not taken."""
+        for sock in self.sockets.values():
+            sock.close()
+        for stats in self.stats.values():
+            stats.close()
+        self.sockets.clear()
+        self.stats.clear()
 
 
 @dataclass
@@ -145,63 +204,98 @@ class Orphans:
 
     inventory: Inventory
     channel: Channel[FromOrphans]
-    descriptors: dict[str, socket.socket]
+    template: int  # pidfd
+    kept: Kept
     predecessors: dict[int, Predecessor] = field(default_factory=dict)  # by core
+    is_over: bool = False
 
     def fits(self, cores: Sequence[int], ring_bytes: int, fanout: int) -> bool:
-        """Whether rings can go on with these options."""
+        """Whether rings can go on with these options.
+
+        An interface's ring can only with the share of every worker: some may have been excluded, and have none.
+        """
         kept = self.inventory
-        return (kept.cores, kept.ring_bytes, kept.fanout) == (tuple(cores), ring_bytes, fanout)
+        if (kept.cores, kept.ring_bytes, kept.fanout) != (tuple(cores), ring_bytes, fanout):
+            return False
+        names = {ring_name(ring.number, core) for ring in kept.rings for core in kept.cores}
+        return names <= self.kept.sockets.keys() and set(kept.cores) <= self.kept.stats.keys()
 
     def pids(self) -> set[int]:
-        """The workers that run."""
-        return {predecessor.pid for predecessor in self.predecessors.values()}
+        """The processes that run and use segments."""
+        return {self.inventory.template.pid, *(predecessor.pid for predecessor in self.predecessors.values())}
+
+    def stats_identities(self) -> set[int]:
+        """The files of the counters, as logging_shm.segment.identity_of tells them."""
+        return {os.fstat(stats.fileno()).st_ino for stats in self.kept.stats.values()}
+
+    def place(self, core: int, ring_number: int) -> int:
+        """How far a core's ring was read, as `ring_sent` of the stats header counts it."""
+        return int(self.kept.stats[core].header["ring_sent"][ring_number])
+
+    def follow(self, core: int, stats: StatsSegment) -> None:
+        """Another worker reads the core's rings from now on: if this take-over fails, it tells the next where."""
+        if self.is_over:
+            return
+        with contextlib.suppress(ChannelClosedError, OSError):
+            self.channel.send(Keep((stats_name(core),)), [stats.fileno()])
 
     def take_ring(self, ring: KeptRing) -> list[socket.socket] | None:
         """The sockets of an interface's ring in the order of cores, None unless each is what it should be."""
         names = [ring_name(ring.number, core) for core in self.inventory.cores]
-        sockets = [self.descriptors.get(name) for name in names]
+        sockets = [self.kept.sockets.get(name) for name in names]
         if not all(sock is not None and _is_ring_on(sock, ring) for sock in sockets):
             return None
-        return [self.descriptors.pop(name) for name in names]
+        return [self.kept.sockets.pop(name) for name in names]
 
     def take_memberships(self, kept: Sequence[KeptMembership]) -> dict[Listen, socket.socket]:
         """The sockets that have joined or hold inputs."""
         found = {}
         for membership in kept:
-            sock = self.descriptors.get(membership.socket)
+            sock = self.kept.sockets.get(membership.socket)
             if sock is not None and (sock.family, sock.type) == (socket.AF_INET, socket.SOCK_DGRAM):
                 found[membership.listen] = sock
         for membership in kept:
-            self.descriptors.pop(membership.socket, None)
+            self.kept.sockets.pop(membership.socket, None)
         return found
 
     def take_listener(self, path: Path) -> socket.socket | None:
         """The listening control socket, if it is the one at `path`."""
-        sock = self.descriptors.get(LISTENER)
+        sock = self.kept.sockets.get(LISTENER)
         if sock is None or sock.family != socket.AF_UNIX or sock.getsockname() != str(path) or not path.is_socket():
             return None
-        return self.descriptors.pop(LISTENER) if sock.getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN) else None
+        return self.kept.sockets.pop(LISTENER) if sock.getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN) else None
 
     def abandon(self) -> None:
         """Leave everything to the next one: this start has failed."""
+        self.is_over = True
         self.channel.close()
 
     def close(self) -> None:
         """Let go of what was not taken, and of the template, whose workers have ended."""
-        with contextlib.suppress(ChannelClosedError, OSError, msgspec.ValidationError):
+        if self.is_over:
+            return
+        self.is_over = True
+        with contextlib.suppress(ChannelClosedError, OSError):
             self.channel.send(Leave())
-            for _ in range(EXITS_MAX):  # of workers, then the end
-                self.channel.receive()
         self.channel.close()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.inventory.template, 0)  # a child of this process, if that became another program
-        for sock in self.descriptors.values():
-            sock.close()
+        end_template(self.inventory.template, self.template)
         for predecessor in self.predecessors.values():
             predecessor.close()
-        self.descriptors.clear()
+        self.kept.close()
         self.predecessors.clear()
+
+
+def end_template(template: KeptProcess, pidfd: int) -> None:
+    """Wait until a template has ended that has no reason to stay, and end it if it does."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pidfd, selectors.EVENT_READ)
+        if not selector.select(TEMPLATE_END_S_MAX):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            selector.select(TEMPLATE_END_S_MAX)
+    os.close(pidfd)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(template.pid, os.WNOHANG)  # a child of this process, if that became another program
 
 
 def _is_ring_on(sock: socket.socket, ring: KeptRing) -> bool:
@@ -214,32 +308,82 @@ def _is_ring_on(sock: socket.socket, ring: KeptRing) -> bool:
         return False
 
 
+def claim(control_socket: Path) -> int | None:
+    """Lock the inventory, so that only this process takes over; None without one. The descriptor holds the lock.
+
+    Raises PreflightError.
+    """
+    path = inventory_path(control_socket)
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # none, or one that is refused when it is read
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise PreflightError(f"{path}: another mcrd is starting: stop it, or choose another --instance") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # of a file that was replaced meanwhile
+
+
 def take_over(
     control_socket: Path, instance: str | None, cores: Sequence[int], ring_bytes: int, fanout: int
 ) -> tuple["Orphans | None", list[str]]:
-    """What a dead supervisor of this instance left running, and lines for the log. Only when it is known to be dead.
+    """What a dead supervisor of this instance left running, and lines for the log.
 
-    Workers that can't be taken over end before this returns. Raises PreflightError.
+    Only with the inventory's lock (`claim`), and when that supervisor is known to be dead. Workers that can't be taken
+    over end before this returns. Raises PreflightError.
     """
     inventory, lines = inventory_file(control_socket).load()
-    if inventory is None:
+    if inventory is None or inventory.boot_id != boot_id():
         return None, lines
-    path = handover_path(control_socket)
-    running = predecessors(inventory, instance)
-    channel = connect(path)
-    if channel is None:
+    former = f"supervisor {inventory.supervisor}"
+    template = open_process(inventory.template)
+    channel, kept = (None, Kept()) if template is None else _fetch(handover_path(control_socket), inventory.cores)
+    running = predecessors(inventory, instance, kept)
+    if template is not None and channel is None:
+        lines.append(f"The template of {former} did not answer and was killed")
+        signal.pidfd_send_signal(template, signal.SIGKILL)
+    if template is not None and channel is not None:
+        orphans = Orphans(inventory, channel, template, kept, running)
+        if running and orphans.fits(cores, ring_bytes, fanout):
+            return orphans, lines
         if running:
-            lines.append(f"Workers of supervisor {inventory.supervisor} had no template left and were ended")
+            lines.append(f"Workers of {former} have other cores or rings and were ended")
         end(running.values())
+        orphans.close()
         return None, lines
-    orphans = Orphans(inventory, channel, receive(channel, path), running)
-    if running and orphans.fits(cores, ring_bytes, fanout):
-        return orphans, lines
     if running:
-        lines.append(f"Workers of supervisor {inventory.supervisor} have other cores or rings and were ended")
+        lines.append(f"Workers of {former} had no template left and were ended")
     end(running.values())
-    orphans.close()
+    for predecessor in running.values():
+        predecessor.close()
+    kept.close()
+    if template is not None:
+        end_template(inventory.template, template)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(inventory.template.pid, os.WNOHANG)
     return None, lines
+
+
+def _fetch(path: Path, cores: Collection[int]) -> tuple[Channel[FromOrphans] | None, Kept]:
+    """The channel to an orphaned template and what it kept; None and nothing from one that does not answer."""
+    channel = connect(path)
+    kept = Kept(cores)
+    if channel is None:
+        return None, kept
+    try:
+        receive(channel, kept)
+    except (OSError, ValueError, ChannelClosedError, msgspec.ValidationError):
+        channel.close()
+        kept.close()
+        return None, Kept()
+    return channel, kept
 
 
 def end(running: Collection[Predecessor]) -> None:
@@ -258,65 +402,63 @@ def end(running: Collection[Predecessor]) -> None:
             key.fileobj.kill()
 
 
-def open_process(worker: KeptWorker) -> int | None:
-    """A pidfd of a worker that still runs."""
+def open_process(worker: KeptProcess) -> int | None:
+    """A pidfd of a process that still runs."""
     try:
         pidfd = os.pidfd_open(worker.pid)
-    except ProcessLookupError:
+    except OSError:
         return None
     # The pidfd is open, so the pid can't go to another process between this look and its use.
-    if process_start_ticks(worker.pid) == worker.start_ticks:
+    if process_start_ticks(worker.pid) == worker.start_ticks and not _has_ended(pidfd):
         return pidfd
     os.close(pidfd)
     return None
 
 
+def _has_ended(pidfd: int) -> bool:
+    """Whether a process has ended, though nobody may have waited for it yet."""
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))
+
+
 def connect(path: Path) -> Channel[FromOrphans] | None:
-    """The channel to an orphaned template, None when nobody is there."""
+    """The channel to an orphaned template, None when it does not take it."""
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     end.settimeout(HANDOVER_S_MAX)
     try:
         end.connect(str(path))
-    except (FileNotFoundError, ConnectionRefusedError):
+    except OSError:
         end.close()
         return None
-    except OSError as error:
-        end.close()
-        raise PreflightError(f"hand-over socket {path}: {error.strerror}: another mcrd may be starting") from error
     return Channel(end, FromOrphans)
 
 
-def receive(channel: Channel[FromOrphans], path: Path) -> dict[str, socket.socket]:
-    """Every descriptor that is kept, by name. Raises PreflightError."""
-    found: dict[str, socket.socket] = {}
-    try:
-        while True:
-            message, descriptors = channel.receive()
-            if isinstance(message, KeptAll):
-                return found
-            if isinstance(message, Exited):
-                continue
-            for name, descriptor in zip(message.names, descriptors, strict=True):
-                found[name] = socket.socket(fileno=descriptor)
-    except (OSError, ValueError, ChannelClosedError, msgspec.ValidationError) as error:
-        for sock in found.values():
-            sock.close()
-        raise PreflightError(f"hand-over socket {path}: {error or 'closed'}: another mcrd may be starting") from error
+def receive(channel: Channel[FromOrphans], kept: Kept) -> None:
+    """Receive every descriptor that is kept. Raises OSError, ChannelClosedError, ValidationError, ValueError."""
+    while True:
+        message, descriptors = channel.receive()
+        if isinstance(message, KeptAll):
+            return
+        if isinstance(message, Exited):
+            continue
+        for name, descriptor in zip(message.names, descriptors, strict=True):
+            kept.add(name, descriptor)
 
 
-def predecessors(inventory: Inventory, instance: str | None) -> dict[int, Predecessor]:
+def predecessors(inventory: Inventory, instance: str | None, kept: Kept) -> dict[int, Predecessor]:
     """The workers of the inventory that run."""
-    numbers = {ring.interface: ring.number for ring in inventory.rings}
     found = {}
     for worker in inventory.workers:
         pidfd = open_process(worker)
         if pidfd is None:
             continue
         try:
-            stats = StatsSegment.attach(worker.core, instance)
+            # The name may be that of a later worker, whose supervisor was killed while it took over.
+            stats = kept.stats.get(worker.core) or StatsSegment.attach(worker.core, instance)
         except (posix_ipc.Error, OSError, ValueError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # nobody can talk to it
             os.close(pidfd)
             continue
-        found[worker.core] = Predecessor(worker.core, worker.pid, pidfd, stats, numbers)
+        found[worker.core] = Predecessor(worker.core, worker.pid, pidfd, stats)
     return found

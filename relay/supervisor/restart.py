@@ -51,9 +51,15 @@ class Restarter:
         if check.returncode == 0:
             agree()
         else:
-            refuse(
-                f"not restarted, the relay goes on as it is: {error.strip().splitlines()[-1] if error else 'no answer'}"
-            )
+            reason = (error.strip().splitlines() or ["no answer"])[-1]
+            refuse(f"not restarted, the relay goes on as it is: {reason}")
+
+    def stop(self) -> None:
+        """End a check that is under way."""
+        if self._check is not None:
+            self._check.kill()
+            self._check.communicate()
+            self._check = None
 
     @staticmethod
     def execute() -> None:

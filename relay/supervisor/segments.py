@@ -97,11 +97,16 @@ def _in_use(pid: int, name: str) -> str:
 
 
 def remove_stale(
-    instance: str | None, uid: int = -1, patience_s: float = ORPHANS_END_S, orphans: Collection[int] = ()
+    instance: str | None,
+    uid: int = -1,
+    patience_s: float = ORPHANS_END_S,
+    orphans: Collection[int] = (),
+    adopted: Collection[int] = (),
 ) -> Stale:
     """Remove the segments that a killed supervisor of this instance left, whose workers ran as `uid`.
 
-    Workers that are taken over, `orphans`, write theirs to their end; others get `patience_s` to end by themselves.
+    Workers that are taken over, `orphans`, write theirs to their end, `adopted` of them are known by their identities
+    without looking who has them open; other workers get `patience_s` to end by themselves.
 
     Raises PreflightError that names the process when one still uses them, or the file when it is none of a relay's.
     """
@@ -111,7 +116,7 @@ def remove_stale(
     judged: dict[str, int | None] = {}
     for name in found:
         judged[name] = identity_of(name)
-        while (pid := _owner(name, uid, orphans)) is not None:
+        while judged[name] not in adopted and (pid := _owner(name, uid, orphans)) is not None:
             if name == supervisor or time.monotonic() > deadline_s:
                 raise PreflightError(_in_use(pid, name))
             time.sleep(ORPHANS_POLL_S)

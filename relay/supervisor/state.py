@@ -6,6 +6,7 @@ renamed over it. Read once, at start. JSON, for whoever must look into it; rules
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -17,6 +18,7 @@ from relay.rules import Rule, validate
 
 VERSION = 1
 FILE_MODE = 0o600
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
 
@@ -77,7 +79,7 @@ class StateFile(Generic[Document]):
     def load(self) -> tuple[Document | None, list[str]]:
         """The document, None without a file; and a line when the file was damaged, which is set aside then."""
         try:
-            content = self.path.read_bytes()
+            content = self._read()
         except FileNotFoundError:
             return None, []
         except OSError as error:
@@ -90,6 +92,19 @@ class StateFile(Generic[Document]):
             self.path.replace(aside)
             return None, [f"State file {self.path} is damaged and was set aside as {aside}: {error}"]
         return document, []
+
+    def _read(self) -> bytes:
+        """The content, which nobody else can have written. Raises OSError, PreflightError."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise PreflightError(f"state file {self.path}: no regular file: remove it")
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & OTHERS_WRITE:
+                raise PreflightError(
+                    f"state file {self.path}: others could have written it: remove it, or `chown` and `chmod go-w` it"
+                )
+            return file.read()
 
     def save(self, document: Document) -> None:
         """Replace the file at once. Raises RelayError; the former one stands then."""
@@ -108,6 +123,7 @@ class StateFile(Generic[Document]):
     def remove(self) -> None:
         """Remove the file, at a clean stop, when nobody asked for it."""
         self.path.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
 
 
 def state_file(path: Path | None, control_socket: Path) -> StateFile[State]:

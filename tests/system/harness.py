@@ -158,7 +158,7 @@ class Relay:
         if not inventory.exists():
             return
         kept = json.loads(inventory.read_text())
-        for pid in (kept["template"], *(worker["pid"] for worker in kept["workers"])):
+        for pid in (kept["template"]["pid"], *(worker["pid"] for worker in kept["workers"])):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
