@@ -54,8 +54,9 @@ class Channel(Generic[Incoming]):
         """
         descriptors = array.array("i")
         try:
+            # Python's own are closed when another program is executed, those that arrive only with this flag.
             payload, control, flags, _ = self._socket.recvmsg(
-                PACKET_BYTES_MAX, socket.CMSG_SPACE(DESCRIPTORS_MAX * descriptors.itemsize)
+                PACKET_BYTES_MAX, socket.CMSG_SPACE(DESCRIPTORS_MAX * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError as error:
             raise ChannelClosedError from error
