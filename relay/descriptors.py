@@ -60,7 +60,10 @@ class Channel(Generic[Incoming]):
         """
         descriptors = array.array("i")
         try:
-            payload, control, flags, _ = self._socket.recvmsg(PACKET_BYTES_MAX, self._control_bytes)
+            # Python's own are closed when another program is executed, those that arrive only with this flag.
+            payload, control, flags, _ = self._socket.recvmsg(
+                PACKET_BYTES_MAX, self._control_bytes, socket.MSG_CMSG_CLOEXEC
+            )
         except ConnectionResetError as error:
             raise ChannelClosedError from error
         for level, kind, data in control:

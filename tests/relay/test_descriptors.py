@@ -1,0 +1,21 @@
+"""Channels: what arrives with a message belongs to its receiver alone."""
+
+import os
+import socket
+
+from relay.descriptors import Channel, channel_pair
+from relay.messages import Keep, ToTemplate
+
+
+def test_descriptors_that_arrive_are_closed_when_another_program_is_executed() -> None:
+    """Else each restart would leave the rings and memberships of the last one open for ever."""
+    near: Channel[ToTemplate]
+    near, far = channel_pair(ToTemplate)
+    sent = socket.socket(socket.AF_UNIX)
+    with far, sent:
+        Channel(far, ToTemplate).send(Keep(("name",)), [sent.fileno()])
+        message, (received,) = near.receive()
+    assert message == Keep(("name",))
+    assert not os.get_inheritable(received)
+    os.close(received)
+    near.close()
