@@ -5,6 +5,7 @@ that closes the descriptors that came along.
 """
 
 import array
+import errno
 import os
 import socket
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,8 @@ from relay.framing import decode
 
 PACKET_BYTES_MAX = 65_536
 DESCRIPTORS_MAX = 200  # a message; the kernel's limit is SCM_MAX_FD, 253
+# As with EAGAIN, a later try may succeed. ETOOMANYREFS: too many descriptors are under way, see unix(7).
+TRY_LATER = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
 
 Incoming = TypeVar("Incoming")
 
@@ -40,7 +43,11 @@ class Channel(Generic[Incoming]):
         return self._socket.fileno()
 
     def send(self, message: msgspec.Struct, descriptors: list[int] | None = None) -> None:
-        """Send one message. Raises ChannelClosedError when nobody is left to read it."""
+        """Send one message.
+
+        Raises ChannelClosedError when nobody is left to read it; BlockingIOError when it has to be sent later, as there
+        is no room now.
+        """
         payload = self._encoder.encode(message)
         assert len(payload) <= PACKET_BYTES_MAX
         try:
@@ -51,6 +58,10 @@ class Channel(Generic[Incoming]):
                 self._socket.send(payload)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosedError from error
+        except OSError as error:
+            if error.errno in TRY_LATER:
+                raise BlockingIOError(error.errno, error.strerror) from error
+            raise
 
     def receive(self) -> tuple[Incoming, list[int]]:
         """Receive one message and its descriptors, which the caller then owns.

@@ -11,7 +11,6 @@ outside: clients talk to the control plane, which is unprivileged.
 
 import contextlib
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -51,7 +50,7 @@ from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.link import ControlPlaneLink
-from relay.supervisor.listener import listening
+from relay.supervisor.listener import listening, prepare_place
 from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
 from relay.supervisor.orphans import LISTENER, end, take_over
@@ -66,7 +65,6 @@ STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes und
 CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
-DESCRIPTORS_WANTED = 1 << 20
 CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
 
 Reload = Callable[[], tuple[Options, Sequence[Rule]]]
@@ -123,9 +121,9 @@ class Supervisor:
     def _open_logs(self) -> None:
         """Take hold of the instance's name: its segments, which tell a second relay that this one runs."""
         options, (uid, gid) = self._options, self._owner
-        _raise_descriptor_limit()
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
         segments.refuse_living(options.instance, uid)
+        prepare_place(self._control_socket)
         lines = self._find_former(ring_bytes, fanout)
         former_pids = self._orphans.pids() if self._orphans is not None else set()
         stale = segments.remove_stale(options.instance, uid, orphans={os.getpid(), *former_pids})
@@ -173,8 +171,6 @@ class Supervisor:
     def _find_former(self, ring_bytes: int, fanout: Fanout) -> list[str]:
         """Take over what a killed supervisor left, running or written down; return lines about it."""
         options = self._options
-        with contextlib.suppress(OSError):  # said by whoever needs it
-            self._control_socket.parent.mkdir(parents=True, exist_ok=True)
         self._state = state_file(Path(options.state) if options.state else None, self._control_socket)
         lines = self._state.prepare()
         state, damage = self._state.load()
@@ -487,12 +483,3 @@ def _signal_socket() -> Iterator[socket.socket]:
             yield wakeup
         finally:
             signal.set_wakeup_fd(former)
-
-
-def _raise_descriptor_limit() -> None:
-    """Sockets of thousands of outputs: as many as wanted where the process may, else the hard limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (DESCRIPTORS_WANTED, hard):
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(limit, hard)))
-            return

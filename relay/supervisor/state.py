@@ -5,7 +5,9 @@ renamed over it. Read once, at start. JSON, for whoever must look into it; rules
 """
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -77,7 +79,7 @@ class StateFile(Generic[Document]):
     def load(self) -> tuple[Document | None, list[str]]:
         """The document, None without a file; and a line when the file was damaged, which is set aside then."""
         try:
-            content = self.path.read_bytes()
+            content = self._read()
         except FileNotFoundError:
             return None, []
         except OSError as error:
@@ -90,6 +92,13 @@ class StateFile(Generic[Document]):
             self.path.replace(aside)
             return None, [f"State file {self.path} is damaged and was set aside as {aside}: {error}"]
         return document, []
+
+    def _read(self) -> bytes:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nothing waits where a pipe has the name
+        with os.fdopen(os.open(self.path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "no regular file")
+            return file.read()
 
     def save(self, document: Document) -> None:
         """Replace the file at once. Raises RelayError; the former one stands then."""
