@@ -16,6 +16,8 @@ from relay.framing import decode
 
 PACKET_BYTES_MAX = 65_536
 DESCRIPTORS_MAX = 200  # a message; the kernel's limit is SCM_MAX_FD, 253
+SEND_BUFFER_BYTES = 1 << 20  # the sockets of 32 768 outputs, one message each 200, with the kernel's own share
+SO_SNDBUFFORCE = 32
 # As with EAGAIN, a later try may succeed. ETOOMANYREFS: too many descriptors are under way, see unix(7).
 TRY_LATER = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
 
@@ -101,4 +103,8 @@ def channel_pair(ours: Any, non_blocking: bool = True) -> tuple[Channel[Incoming
     """A channel that receives `ours`, and no descriptor, and the raw other end to hand over."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.setblocking(not non_blocking)
+    try:
+        near.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+    except PermissionError:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # as much as net.core.wmem_max allows
     return Channel(near, ours, descriptors_max=0), far
