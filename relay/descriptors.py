@@ -5,6 +5,7 @@ that closes the descriptors that came along.
 """
 
 import array
+import errno
 import os
 import socket
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,10 @@ from relay.framing import decode
 
 PACKET_BYTES_MAX = 65_536
 DESCRIPTORS_MAX = 200  # a message; the kernel's limit is SCM_MAX_FD, 253
+SEND_BUFFER_BYTES = 1 << 20  # the sockets of 32 768 outputs, one message each 200, with the kernel's own share
+SO_SNDBUFFORCE = 32
+# As with EAGAIN, a later try may succeed. ETOOMANYREFS: too many descriptors are under way, see unix(7).
+TRY_LATER = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
 
 Incoming = TypeVar("Incoming")
 
@@ -40,7 +45,11 @@ class Channel(Generic[Incoming]):
         return self._socket.fileno()
 
     def send(self, message: msgspec.Struct, descriptors: list[int] | None = None) -> None:
-        """Send one message. Raises ChannelClosedError when nobody is left to read it."""
+        """Send one message.
+
+        Raises ChannelClosedError when nobody is left to read it; BlockingIOError when it has to be sent later, as there
+        is no room now.
+        """
         payload = self._encoder.encode(message)
         assert len(payload) <= PACKET_BYTES_MAX
         try:
@@ -51,6 +60,10 @@ class Channel(Generic[Incoming]):
                 self._socket.send(payload)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosedError from error
+        except OSError as error:
+            if error.errno in TRY_LATER:
+                raise BlockingIOError(error.errno, error.strerror) from error
+            raise
 
     def receive(self) -> tuple[Incoming, list[int]]:
         """Receive one message and its descriptors, which the caller then owns.
@@ -93,4 +106,8 @@ def channel_pair(ours: Any, non_blocking: bool = True) -> tuple[Channel[Incoming
     """A channel that receives `ours`, and no descriptor, and the raw other end to hand over."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.setblocking(not non_blocking)
+    try:
+        near.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+    except PermissionError:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # as much as net.core.wmem_max allows
     return Channel(near, ours, descriptors_max=0), far

@@ -1,9 +1,11 @@
 """Preflight: what the machine must allow before anything starts. Each refusal names the remedy in its line."""
 
-import ctypes
+import errno
 import os
 import platform
 import re
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +14,26 @@ import psutil
 from logging_shm.sinks.selection import SinkError
 from relay.config import Options, parse_cores, sinks
 from relay.dataplane import CACHE_DIRECTORY
+from relay.dataplane.uring_params import SQ_ENTRIES, try_io_urings
 from relay.errors import PreflightError
-from relay.privileges import resolve_trusted_group
+from relay.privileges import drop_to, resolve_trusted_group
+from relay.supervisor import room
 from relay.supervisor.interfaces import snapshot
 from relay.trust import check_cache, check_compiled, trusted_uids
 
 KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
-SYS_IO_URING_SETUP = 425  # the same on every architecture
-IO_URING_PARAMS_BYTES = 120  # struct io_uring_params
+DESCRIPTORS_A_WORKER = 8  # its channel, a pidfd, what is passed to it; besides its rings
+URINGS_A_WORKER = 2  # at a hand-over its predecessor still has one
+ALLOW_IT = "allow it in the profile of the container or service"
+# Since Linux 6.13 rings count as locked memory of their user, all its processes together, without CAP_IPC_LOCK.
+IO_URING_REMEDIES = {
+    errno.EPERM: f"a seccomp filter or a security module forbids it: {ALLOW_IT}",
+    errno.EACCES: f"a security module forbids it: {ALLOW_IT}",
+    errno.ENOSYS: f"the kernel was built without it, or a seccomp filter forbids it: {ALLOW_IT}",
+    errno.ENOMEM: "raise LimitMEMLOCK= of its service, or `ulimit -l`, or make room in memory",
+    errno.EINVAL: "the relay needs Linux 6.1 or newer",
+}
 IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 
 
@@ -36,17 +49,52 @@ def check_kernel(release: str, io_uring_disabled: int) -> None:
         )
 
 
-def check_io_uring() -> None:
-    """Make one and close it. Raises PreflightError with the kernel's reason when a worker could not have one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    parameters = ctypes.create_string_buffer(IO_URING_PARAMS_BYTES)
-    descriptor = libc.syscall(ctypes.c_long(SYS_IO_URING_SETUP), ctypes.c_uint(1), parameters)
-    if descriptor < 0:
+def check_io_uring(owner: tuple[int, int], workers: int) -> None:
+    """Try what workers will do, as the user that they run as: only so limits and policies are met that hold for them.
+
+    Raises PreflightError when the kernel does not let them have an io_uring, whatever the reason.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _try_io_uring(owner, workers, writer)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        refused = answer.read().split()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
         raise PreflightError(
-            f"io_uring is refused: {os.strerror(ctypes.get_errno())}: a seccomp filter forbids it, as containers' do, "
-            "or RLIMIT_MEMLOCK is low: allow io_uring_setup, io_uring_enter and io_uring_register, raise the limit"
+            f"io_uring: ended by {signal.Signals(os.WTERMSIG(status)).name}: a seccomp filter forbids it: {ALLOW_IT}"
         )
-    os.close(descriptor)
+    if status and not refused:
+        raise PreflightError("io_uring: the trial of it failed: see above")
+    if refused:
+        call, code = refused[0], int(refused[1])
+        remedy = IO_URING_REMEDIES.get(code, "see its man page")
+        raise PreflightError(f"{call}: {os.strerror(code)}: {remedy}")
+
+
+def _try_io_uring(owner: tuple[int, int], workers: int, writer: int) -> None:
+    """In a child: write what was refused, and end."""
+    try:
+        drop_to(*owner)
+        try_io_urings(SQ_ENTRIES, URINGS_A_WORKER * workers)
+        os._exit(0)
+    except OSError as error:
+        os.write(writer, f"{error.filename or 'dropping_privileges'} {error.errno}".encode())
+    except PreflightError as error:
+        sys.stderr.write(f"{error}\n")
+    finally:
+        os._exit(1)
+
+
+def check_descriptors(limit: int, workers: int, interfaces: int) -> None:
+    """Raises PreflightError when so many descriptors are too few for the relay without any output."""
+    wanted = room.AT_START_MIN + workers * (interfaces + DESCRIPTORS_A_WORKER)
+    if limit < wanted:
+        raise PreflightError(
+            f"the limit of open files is {limit}: {wanted} are needed, and one for each output: {room.REMEDY}"
+        )
 
 
 def check_capabilities(effective: int) -> None:
@@ -93,11 +141,10 @@ def check_sinks(options: Options) -> None:
             raise PreflightError(str(error)) from None
 
 
-def check(options: Options) -> tuple[int, ...]:
-    """Check everything; return the cores of the workers. Raises PreflightError."""
+def check(options: Options, owner: tuple[int, int]) -> tuple[int, ...]:
+    """Check everything for workers that run as `owner`; return their cores. Raises PreflightError."""
     disabled = int(IO_URING_DISABLED.read_text()) if IO_URING_DISABLED.exists() else 0
     check_kernel(platform.release(), disabled)
-    check_io_uring()
     status = Path("/proc/self/status").read_text()
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     check_capabilities(int(effective[1], 16) if effective else 0)
@@ -106,4 +153,7 @@ def check(options: Options) -> tuple[int, ...]:
     check_interfaces(options.interfaces)
     check_sinks(options)
     resolve_trusted_group(options.socket_group)
-    return choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))
+    cores = choose_cores(options, sorted(psutil.Process(os.getpid()).cpu_affinity()))
+    check_descriptors(room.raise_limits(), len(cores), len(options.interfaces))
+    check_io_uring(owner, len(cores))
+    return cores

@@ -1,7 +1,8 @@
-"""Who could change the compiled code: it is loaded by root, so by nobody but root and whoever started the relay.
+"""Who could change files that a privileged process uses: nobody but root and whoever started the relay.
 
 Numba's cache holds pickles and machine code. The caller behind sudo may write there: what `sudo make run` starts is his
-own source anyway. The user that workers run as may not, unless it is the same.
+own source anyway. The user that workers run as may not, unless it is the same. The same goes for the directory of the
+control socket: who may put files there could have the relay change another's file, or answer in its place.
 """
 
 import grp
@@ -34,9 +35,20 @@ def check_cache(directory: Path, trusted: Collection[int]) -> None:
     resolved = directory.resolve()
     for path in {directory: None, resolved: None} | dict.fromkeys((*directory.parents, *resolved.parents)):
         # Where the sticky bit is set, as in /tmp, others can't replace what is not theirs; but they can add files.
-        _check(path, trusted, sticky_helps=path not in (directory, resolved))
+        _check(path, trusted, sticky_helps=path not in (directory, resolved), what="compiled code")
     for path in _everything_in(resolved):
-        _check(path, trusted, sticky_helps=False)
+        _check(path, trusted, sticky_helps=False, what="compiled code")
+
+
+def check_place(file: Path, trusted: Collection[int], what: str) -> None:
+    """Raises PreflightError when anybody but `trusted` could put another file in the place of `file`, which is `what`.
+
+    A sticky directory, such as /tmp, will do: there nobody removes what is another's.
+    """
+    directory = file.absolute().parent
+    resolved = directory.resolve()
+    for path in dict.fromkeys((directory, *directory.parents, resolved, *resolved.parents)):
+        _check(path, trusted, sticky_helps=True, what=what)
 
 
 def check_compiled(directory: Path) -> None:
@@ -54,23 +66,23 @@ def _everything_in(directory: Path) -> Iterator[Path]:
             yield Path(folder, name)
 
 
-def _check(path: Path, trusted: Collection[int], sticky_helps: bool) -> None:
+def _check(path: Path, trusted: Collection[int], sticky_helps: bool, what: str) -> None:
     try:
         status = path.lstat()
     except FileNotFoundError:
         return
     if status.st_uid not in trusted:
-        _refuse(path, f"belongs to {_user(status.st_uid)}", f"chown {_user(os.geteuid())} {path}")
+        _refuse(what, path, f"belongs to {_user(status.st_uid)}", f"chown {_user(os.geteuid())} {path}")
     if stat.S_ISLNK(status.st_mode) or (sticky_helps and status.st_mode & stat.S_ISVTX):
         return
     if status.st_mode & OTHERS_WRITE:
-        _refuse(path, "can be written by everybody", f"chmod o-w {path}")
+        _refuse(what, path, "can be written by everybody", f"chmod o-w {path}")
     if status.st_mode & GROUP_WRITES and (ACL in os.listxattr(path) or not _is_private(status.st_gid, trusted)):
-        _refuse(path, f"can be written by group {status.st_gid}", f"chmod g-w {path}")
+        _refuse(what, path, f"can be written by group {status.st_gid}", f"chmod g-w {path}")
 
 
-def _refuse(path: Path, what: str, remedy: str) -> None:
-    raise PreflightError(f"compiled code is not safe: {path} {what}, who could change it: run `{remedy}`")
+def _refuse(what: str, path: Path, why: str, remedy: str) -> None:
+    raise PreflightError(f"{what} is not safe: {path} {why}, who could change it: run `{remedy}`")
 
 
 def _user(uid: int) -> str:

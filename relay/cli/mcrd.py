@@ -1,5 +1,6 @@
 """mcrd: the supervisor from the command line. Reads options, checks the machine, runs in the foreground."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tupl
     return options, rules
 
 
+def open_standard_descriptors() -> None:
+    """Put /dev/null where standard input, output or error was closed: no socket gets a number that texts go to."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+
+
 @click.command(help=HELP, epilog="Example: mcrd --interface eth0 --interface eth1 --num-workers 2")
 @click.option("--interface", "interfaces", multiple=True, metavar="IFACE", help="Receive here; repeatable.")
 @click.option("--num-workers", type=int, help="Worker processes, each on a core of its own. [default: 1]")
@@ -54,10 +64,11 @@ def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tupl
 @click.version_option(VERSION, prog_name="mcrd")
 def main(config_path: Path | None, check: bool, **command_line: Any) -> None:
     """Start the relay; see HELP."""
+    open_standard_descriptors()
     try:
         options, rules = load(config_path, command_line)
         owner = resolve_user(options.user, options.group)
-        cores = preflight.check(options)
+        cores = preflight.check(options, owner)
         if check:
             click.echo(f"ok: {len(rules)} rules, {len(cores)} workers on {', '.join(options.interfaces)}")
             return

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from relay.dataplane import layout
+from relay.dataplane import layout, uring_params
 from relay.dataplane.layout import UDP_SEGMENTS_MAX
 from relay.dataplane.records import record_at
 
@@ -19,7 +19,7 @@ from relay.dataplane.records import record_at
 # large; then 256 interleaved streams leave 16 datagrams at a time, 4 with a quarter of it.
 PASS_FRAMES_MAX = 4096
 BATCHES_MAX = 1024
-SQ_ENTRIES = 1024
+SQ_ENTRIES = uring_params.SQ_ENTRIES
 COPY_SLOTS = 8  # super-frames fetched by one recvmmsg: 8 x 68 KiB stay within a usual L2 cache until they are sent
 COPY_SLOT_BYTES = 69_632  # virtio header, Ethernet with two tags, 65 535 bytes of IP; a multiple of 4096
 TABLE_ENTRIES_MAX = 65_536

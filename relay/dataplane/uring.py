@@ -16,13 +16,9 @@ import numpy as np
 
 from relay.dataplane.layout import IO_URING_CQE, IO_URING_SQE, IORING_OP_SENDMSG
 from relay.dataplane.syscalls import load_liburing
+from relay.dataplane.uring_params import make_params
 from relay.errors import PreflightError
 
-IORING_SETUP_CQSIZE = 1 << 3
-IORING_SETUP_R_DISABLED = 1 << 6
-IORING_SETUP_SUBMIT_ALL = 1 << 7
-IORING_SETUP_SINGLE_ISSUER = 1 << 12
-IORING_SETUP_DEFER_TASKRUN = 1 << 13
 IORING_RESTRICTION_SQE_OP = 1
 
 
@@ -83,23 +79,6 @@ class IoUring(ctypes.Structure):
     )
 
 
-class IoUringParams(ctypes.Structure):
-    """struct io_uring_params, linux/io_uring.h; the kernel's offsets at its end are liburing's affair."""
-
-    _fields_ = (
-        ("sq_entries", ctypes.c_uint32),
-        ("cq_entries", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("sq_thread_cpu", ctypes.c_uint32),
-        ("sq_thread_idle", ctypes.c_uint32),
-        ("features", ctypes.c_uint32),
-        ("wq_fd", ctypes.c_uint32),
-        ("resv", ctypes.c_uint32 * 3),
-        ("sq_off", ctypes.c_uint8 * 40),
-        ("cq_off", ctypes.c_uint8 * 40),
-    )
-
-
 class IoUringRestriction(ctypes.Structure):
     """struct io_uring_restriction, linux/io_uring.h; the second member is a union of bytes."""
 
@@ -123,10 +102,7 @@ class Uring:
         """Raises PreflightError when the kernel refuses io_uring."""
         self._library = load_liburing()
         self._ring = IoUring()
-        params = IoUringParams()
-        params.flags = IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED
-        params.flags |= IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
-        params.cq_entries = 2 * entries
+        params = make_params(entries)
         result = self._library.io_uring_queue_init_params(
             ctypes.c_uint(entries), ctypes.byref(self._ring), ctypes.byref(params)
         )

@@ -71,11 +71,14 @@ def egress_key(
 
 def open_egress(key: EgressKey) -> socket.socket:
     """Open the socket of an output. Raises RelayError when the kernel refuses, with its reason."""
-    egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
-        _set_up(egress, key)
+        egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            _set_up(egress, key)
+        except OSError:
+            egress.close()
+            raise
     except OSError as error:
-        egress.close()
         raise RelayError(f"output {key.group}:{key.port} on {key.interface}: {error.strerror}") from error
     return egress
 

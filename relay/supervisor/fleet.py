@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
 from relay.messages import AddRing, CloseSockets, Drain, FromWorker, Outlive, RemoveRing, SetSockets, SetTable
 from relay.rules import Output, Rule, address_number
+from relay.supervisor import room
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.health import Lives, Pulse
@@ -52,6 +54,8 @@ from relay.supervisor.orphans import (
     stats_name,
 )
 from relay.supervisor.plan import Plan, PlannedRule, make_plan
+
+WAITING_MAX = 1024  # messages to one worker that does not read: three times what the largest change takes
 
 
 class Numbers:
@@ -103,17 +107,64 @@ class Worker:
     outlives: bool = False  # the process was told to
     is_excluded: bool = False  # has no rings: others get its share of the traffic
     predecessor: Predecessor | None = None  # a former supervisor's worker on this core, which still reads the rings
+    waiting: deque[tuple[msgspec.Struct, list[int]]] = field(default_factory=deque)  # with descriptors of their own
+    is_out_of_step: bool = False  # a message is lost to it: it must be replaced, the next gets everything
 
     def sign_of_life(self) -> tuple[int, int]:
         """What changes as long as the worker's loop goes round: by the clock, and by what it sends."""
         return int(self.stats.header["heartbeat_ns"]), int(self.stats.header["sends"])
 
     def send(self, message: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
-        """Send to the worker and ring its doorbell. One that is gone is dealt with when its exit is told."""
-        assert self.channel is not None
-        with contextlib.suppress(ChannelClosedError, BlockingIOError):
-            self.channel.send(message, list(descriptors))
+        """Send to the worker and ring its doorbell; what finds no room waits until `flush`.
+
+        One that is gone is dealt with when its exit is told.
+        """
+        if self.is_out_of_step:
+            return
+        if self.waiting or not self._has_sent(message, descriptors):
+            self._put_off(message, descriptors)
         self.stats.ring_doorbell()
+
+    def flush(self) -> None:
+        """Send what waits, as far as there is room. In order: a table must not come before its sockets."""
+        if not self.waiting:
+            return
+        while self.waiting and self._has_sent(*self.waiting[0]):
+            _, descriptors = self.waiting.popleft()
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self.stats.ring_doorbell()
+
+    def _has_sent(self, message: msgspec.Struct, descriptors: Sequence[int]) -> bool:
+        assert self.channel is not None
+        try:
+            with contextlib.suppress(ChannelClosedError):
+                self.channel.send(message, list(descriptors))
+        except BlockingIOError:
+            return False
+        return True
+
+    def _put_off(self, message: msgspec.Struct, descriptors: Sequence[int]) -> None:
+        """Keep a message with descriptors of its own: the caller's may be closed before there is room."""
+        own: list[int] = []
+        self.waiting.append((message, own))
+        try:
+            for descriptor in descriptors:
+                own.append(os.dup(descriptor))
+        except OSError:  # too many are open
+            self.forget()
+            self.is_out_of_step = True
+        if len(self.waiting) > WAITING_MAX:
+            self.forget()
+            self.is_out_of_step = True
+
+    def forget(self) -> None:
+        """Nothing waits any more: the process is gone, or must go."""
+        for _, descriptors in self.waiting:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self.waiting.clear()
+        self.is_out_of_step = False
 
 
 @dataclass
@@ -267,9 +318,17 @@ class Fleet:
 
     def _open_egress(self, plan: Plan, strict: bool, warnings: list[str]) -> dict[EgressKey, tuple[int, socket.socket]]:
         opened: dict[EgressKey, tuple[int, socket.socket]] = {}
-        for key in plan.egress_keys() - set(self._egress):
+        missing = plan.egress_keys() - set(self._egress)
+        room_left = room.left() - self._memberships.sockets_wanted(plan.listens) if missing else 0
+        for key in missing:
             try:
-                opened[key] = (self._socket_numbers.take(), open_egress(key))
+                if len(opened) >= room_left:
+                    raise RelayError(
+                        f"output {key.group}:{key.port} on {key.interface}: {room.limit_now()} files may be open, "
+                        f"and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
+                    )
+                sock = open_egress(key)
+                opened[key] = (self._socket_numbers.take(), sock)
             except RelayError as error:
                 if strict:
                     self._socket_numbers.give_back(number for number, _ in opened.values())
@@ -537,8 +596,16 @@ class Fleet:
         if worker.channel is not None:
             worker.channel.close()
         worker.channel = None
+        worker.forget()
         worker.running = worker.outlives = False
         worker.pid = 0
+
+    def flush(self) -> bool:
+        """Send what waits for workers that have a process; whether anything still waits."""
+        for worker in self.workers:
+            if worker.channel is not None:
+                worker.flush()
+        return any(worker.waiting for worker in self.workers)
 
     def close_channels(self) -> None:
         """Tell every worker to finish what its rings hold and end."""
@@ -572,6 +639,7 @@ class Fleet:
     def close(self) -> None:
         """Close every socket and unlink every segment."""
         for worker in self.workers:
+            worker.forget()
             for sock in worker.rings.values():
                 sock.close()
             worker.stats.close()

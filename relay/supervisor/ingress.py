@@ -63,6 +63,8 @@ def open_ring(interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | No
         ring = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     except PermissionError:
         raise PreflightError("no CAP_NET_RAW for packet sockets: start as root, or grant it") from None
+    except OSError as error:
+        raise RelayError(f"packet ring on {interface}: {error.strerror}") from error
     try:
         ring.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V2)
         ring.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)

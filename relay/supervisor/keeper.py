@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import PreflightError
 from relay.messages import Forget, Keep
+from relay.supervisor.listener import refuse_foreign
 from relay.supervisor.orphans import Inventory, handover_path, inventory_file
 
-SOCKET_UMASK = 0o177
+SOCKET_MODE = 0o600
 BACKLOG = 1
 
 
@@ -39,10 +40,12 @@ class Keeper:
         self._sent: dict[str, Descriptor] = {}
         self._inventory: Inventory | None = None
         self._channel: Channel[Any] | None = None
+        for path in (self._path, self._bound):
+            refuse_foreign(path, f"hand-over socket {path}")
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        former_umask = os.umask(SOCKET_UMASK)
         try:
             self._bound.unlink(missing_ok=True)
+            os.fchmod(self.listener.fileno(), SOCKET_MODE)  # which bind(2) gives the file, less the umask
             self.listener.bind(str(self._bound))
             self.listener.listen(BACKLOG)
         except OSError as error:
@@ -50,8 +53,6 @@ class Keeper:
             raise PreflightError(
                 f"hand-over socket {self._path}: {error.strerror}: give --socket another place"
             ) from error
-        finally:
-            os.umask(former_umask)
 
     def attach(self, channel: Channel[Any] | None) -> None:
         """Go over to a new template, which holds nothing yet."""

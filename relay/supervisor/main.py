@@ -11,7 +11,6 @@ outside: clients talk to the control plane, which is unprivileged.
 
 import contextlib
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -53,7 +52,7 @@ from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.link import ControlPlaneLink
-from relay.supervisor.listener import listening
+from relay.supervisor.listener import listening, prepare_place
 from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
 from relay.supervisor.orphans import LISTENER, claim, end, take_over
@@ -68,11 +67,6 @@ STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes und
 CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
-LIMITS_WANTED = {
-    resource.RLIMIT_NOFILE: 1 << 20,  # sockets of thousands of outputs
-    resource.RLIMIT_MEMLOCK: resource.RLIM_INFINITY,  # io_uring, of workers without privileges
-    resource.RLIMIT_NPROC: resource.RLIM_INFINITY,  # workers, whatever else their user runs
-}
 CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
 ENDING = (signal.SIGINT, signal.SIGTERM)
 SIGNALS = (*ENDING, signal.SIGHUP)
@@ -134,12 +128,12 @@ class Supervisor:
     def _open_logs(self) -> None:
         """Take hold of the instance's name: its segments, which tell a second relay that this one runs."""
         options, (uid, gid) = self._options, self._owner
-        _raise_limits()
         fanout, ring_bytes = Fanout[options.fanout], options.ring_mib << 20
         claimed = claim(self._control_socket)
         if claimed is not None:
             self._stack.callback(os.close, claimed)
         segments.refuse_living(options.instance, uid)
+        prepare_place(self._control_socket)
         lines = self._find_former(ring_bytes, fanout)
         pids, adopted = {os.getpid()}, set[int]()
         if self._orphans is not None:
@@ -190,8 +184,6 @@ class Supervisor:
     def _find_former(self, ring_bytes: int, fanout: Fanout) -> list[str]:
         """Take over what a killed supervisor left, running or written down; return lines about it."""
         options = self._options
-        with contextlib.suppress(OSError):  # said by whoever needs it
-            self._control_socket.parent.mkdir(parents=True, exist_ok=True)
         self._state = state_file(Path(options.state) if options.state else None, self._control_socket)
         lines = self._state.prepare()
         state, damage = self._state.load()
@@ -522,13 +514,3 @@ def _signal_socket() -> Iterator[socket.socket]:
             yield wakeup
         finally:
             signal.set_wakeup_fd(former)
-
-
-def _raise_limits() -> None:
-    """As many as wanted where the process may, else the hard limit. Children inherit them."""
-    for kind, wanted in LIMITS_WANTED.items():
-        _, hard = resource.getrlimit(kind)
-        for limits in ((wanted, wanted), (hard, hard)):
-            with contextlib.suppress(OSError, ValueError):
-                resource.setrlimit(kind, limits)
-                break

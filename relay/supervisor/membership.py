@@ -20,6 +20,7 @@ from relay.supervisor.ingress import attach_filter
 
 MCAST_JOIN_SOURCE_GROUP = 46
 MCAST_LEAVE_SOURCE_GROUP = 47
+IGMP_MAX_MEMBERSHIPS = 20  # net/ipv4/igmp.c, unless the sysctl says more
 SOCKADDR_STORAGE_BYTES = 128
 # The group is joined on this socket with and without a source, which one socket can't hold.
 ANOTHER_SOCKET_HELPS = (errno.EADDRINUSE, errno.EINVAL)
@@ -73,6 +74,12 @@ class Memberships:
         """The unicast inputs that are held, and with which socket."""
         return self._held
 
+    def sockets_wanted(self, wanted: Collection[Listen]) -> int:
+        """How many more sockets these may take, where igmp_max_memberships is what it is by default."""
+        new = [listen for listen in wanted if listen not in self._joined and listen not in self._held]
+        groups = sum(is_multicast(listen.address) for listen in new)
+        return len(new) - groups + -(-groups // IGMP_MAX_MEMBERSHIPS)
+
     def update(self, wanted: Collection[Listen]) -> list[str]:
         """Join what is new, then leave what is no longer wanted; return warnings, one a refusal."""
         warnings = []
@@ -106,7 +113,7 @@ class Memberships:
             else:
                 self._joined[listen] = newest
                 return
-        joiner = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        joiner = self._socket(listen)
         try:
             joiner.setsockopt(socket.IPPROTO_IP, option, request)
         except OSError as error:
@@ -114,6 +121,12 @@ class Memberships:
             raise self._refusal(listen, error) from error
         self._joiners.append(joiner)
         self._joined[listen] = joiner
+
+    def _socket(self, listen: Listen) -> socket.socket:
+        try:
+            return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        except OSError as error:
+            raise self._refusal(listen, error) from error
 
     def _refusal(self, listen: Listen, error: OSError) -> RelayError:
         return RelayError(f"joining {listen.address} on interface {listen.ifindex}: {error.strerror}")
@@ -132,7 +145,7 @@ class Memberships:
             joiner.close()
 
     def _hold(self, listen: Listen) -> None:
-        holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        holder = self._socket(listen)
         attach_filter(holder, bpf.REJECT_ALL)
         try:
             holder.bind((listen.address, listen.port))

@@ -128,6 +128,8 @@ class Nursery:
 
     def _await_exit(self, pidfds: dict[int, int], deadline_s: float) -> None:
         """Take out those of ended processes that their template has waited for; waits for an event at most."""
+        if self._fleet.flush():
+            deadline_s = min(deadline_s, time.monotonic() + PULSE_INTERVAL_S)
         with selectors.DefaultSelector() as selector:
             for pidfd in pidfds.values():
                 if not kin.has_ended(pidfd):
@@ -246,6 +248,10 @@ class Nursery:
             except ChannelClosedError:
                 channel.close()
                 return
+            except BlockingIOError:  # the template is busy
+                channel.close()
+                self._timers.after(RESTART_DELAY_S, lambda: self._spawn(worker))
+                return
         worker.channel = channel
         worker.generation = -1
         self._templates[worker.core] = self._template.pid
@@ -261,7 +267,7 @@ class Nursery:
                 message, _ = channel.receive()
                 self._hear_worker(worker, message)
         except BlockingIOError:
-            return
+            worker.flush()  # it reads, so there may be room
         except ChannelClosedError:
             self._let_go(worker, channel)
         except (msgspec.MsgspecError, MisbehaviourError) as error:
@@ -337,6 +343,12 @@ class Nursery:
             alive_s = now_s - worker.started_s
             if worker.running and worker.is_excluded and alive_s >= PROBATION_S:
                 self._readmit(worker)
+            if worker.channel is not None:
+                worker.flush()
+            if worker.is_out_of_step:
+                self._log.error(f"The worker of core {worker.core} does not read, killed", core=worker.core)
+                self._kill(worker)
+                continue
             hangs = worker.pulse.hangs(worker.sign_of_life(), now_s) if worker.running else alive_s > START_S_MAX
             if hangs:
                 self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)

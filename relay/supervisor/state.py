@@ -95,7 +95,8 @@ class StateFile(Generic[Document]):
 
     def _read(self) -> bytes:
         """The content, which nobody else can have written. Raises OSError, PreflightError."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nothing waits where a pipe has the name
+        descriptor = os.open(self.path, flags)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.system.conftest import StartRelay
@@ -156,6 +157,48 @@ def test_a_stopped_reader_of_the_log_stops_no_packet(line: Line, tmp_path: Path)
         finally:
             if relay.poll() is None:
                 relay.kill()
+
+
+@contextmanager
+def logging_to(line: Line, folder: Path, *prefix: str, stdout: int | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """A relay that logs to its standard output and to a file, with RULE; stopped at the end."""
+    log, control = folder / "mcr.log", folder / "control.sock"
+    command = [*prefix, str(BIN / "mcrd"), "--interface", "left", "--instance", f"logs{os.getpid()}", *ROOMY]
+    command += ["--socket", str(control), "--log-level", "debug", "--log-to", "stdout:", "--log-to", f"file:{log}"]
+    with line.hosts[1].popen(command, stdout=stdout, stdin=subprocess.DEVNULL) as relay:
+        try:
+            wait_until(lambda: log.exists() and "Data plane worker started" in log.read_text(), "the relay runs")
+            add = ["add-rule", "--input-group", "239.1.1.1", "--input-port", "5001", "--output", RULE[2]]
+            client = [str(BIN / "mcrctl"), "--socket", str(control), *add]
+            assert line.hosts[1].run(client, capture_output=True).returncode == 0
+            yield relay
+            relay.send_signal(signal.SIGINT)
+            assert relay.wait(10) == 0
+        finally:
+            if relay.poll() is None:
+                relay.kill()
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_without_a_standard_output_everything_else_works(line: Line, tmp_path: Path, closed: str) -> None:
+    with logging_to(line, tmp_path, "sh", "-c", f'exec "$@" {closed}', "sh") as relay:
+        assert_relays(line, tmp_path, 5000)
+        family = [relay.pid, *(child.pid for child in psutil.Process(relay.pid).children(recursive=True))]
+        standard = {Path(f"/proc/{pid}/fd/1").readlink() for pid in family}
+        assert standard == {Path("/dev/null")}  # no socket or file has that number
+    log = (tmp_path / "mcr.log").read_text()
+    assert "standard output is closed" in log
+    assert traced(log) == (5000, 5000)
+
+
+def test_a_reader_of_the_log_that_has_gone_stops_no_packet(line: Line, tmp_path: Path) -> None:
+    with logging_to(line, tmp_path, stdout=subprocess.PIPE) as relay:
+        assert relay.stdout is not None
+        relay.stdout.close()
+        assert_relays(line, tmp_path, 5000)
+        log = tmp_path / "mcr.log"
+        wait_until(lambda: "Log sink stdout: Broken pipe" in log.read_text(), "it is told")
+    assert traced(log.read_text()) == (5000, 5000)
 
 
 def test_a_flood_of_nonsense_becomes_one_line_with_its_number(line: Line, start_relay: StartRelay) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relay.dataplane import layout, memory, uring
+from relay.dataplane import layout, memory, uring, uring_params
 
 HEADERS = (
     "stddef.h",
@@ -40,9 +40,9 @@ CONSTANTS = {
     "TP_STATUS_VLAN_VALID": layout.TP_STATUS_VLAN_VALID,
     "TP_STATUS_CSUM_VALID": layout.TP_STATUS_CSUM_VALID,
     "PACKET_OTHERHOST": layout.PACKET_OTHERHOST,
-    "IORING_SETUP_CQSIZE": uring.IORING_SETUP_CQSIZE,
-    "IORING_SETUP_SUBMIT_ALL": uring.IORING_SETUP_SUBMIT_ALL,
-    "IORING_SETUP_SINGLE_ISSUER": uring.IORING_SETUP_SINGLE_ISSUER,
+    "IORING_SETUP_CQSIZE": uring_params.IORING_SETUP_CQSIZE,
+    "IORING_SETUP_SUBMIT_ALL": uring_params.IORING_SETUP_SUBMIT_ALL,
+    "IORING_SETUP_SINGLE_ISSUER": uring_params.IORING_SETUP_SINGLE_ISSUER,
     "CMSG_SPACE(2)": layout.CMSG_UDP_SEGMENT_BYTES,
     "CMSG_SPACE(4)": layout.CMSG_IP_TTL_BYTES,
     "CMSG_SPACE(sizeof(struct in_pktinfo))": layout.CMSG_IP_PKTINFO_BYTES,

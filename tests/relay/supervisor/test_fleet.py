@@ -1,15 +1,20 @@
 """What a worker is handed, and in which order."""
 
 import os
+import resource
+import socket
 from collections.abc import Iterator
 
+import msgspec
+import psutil
 import pytest
 
 from logging_shm import LevelPolicy
+from relay.dataplane.table import map_table
 from relay.descriptors import Channel, channel_pair
 from relay.messages import AddRing, FromWorker, SetSockets, SetTable, ToWorker
 from relay.rules import Output, Rule
-from relay.supervisor.fleet import Fleet
+from relay.supervisor.fleet import WAITING_MAX, Fleet, Worker
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.interfaces import snapshot
 from tools.netns import Host
@@ -56,3 +61,97 @@ def test_a_new_worker_has_its_table_before_the_rings_that_filled_meanwhile(fleet
     worker.channel.close()
     end.close()
     worker.channel = None
+
+
+WAITING = 300  # messages, after those that the socket's buffer holds
+
+
+def rules_of(change: int) -> list[Rule]:
+    """The rules after so many changes: each replaces an output, so takes a socket and gives one back."""
+    return [msgspec.structs.replace(RULE, outputs=(Output("239.2.2.2", 6001 + change, "lo"),))]
+
+
+@pytest.fixture
+def deaf(fleet: Fleet) -> Iterator[tuple[Worker, Channel[ToWorker]]]:
+    """The fleet's worker, which runs but reads nothing until the test does; and its end."""
+    (worker,) = fleet.workers
+    worker.channel, end = channel_pair(FromWorker)
+    end.setblocking(False)
+    fleet.worker_started(worker)
+    yield worker, Channel(end, ToWorker)
+    if worker.channel is not None:
+        fleet.worker_gone(worker)
+    end.close()
+
+
+def descriptors() -> int:
+    return psutil.Process().num_fds()
+
+
+def test_what_a_worker_does_not_read_waits_for_it_in_order(
+    fleet: Fleet, deaf: tuple[Worker, Channel[ToWorker]]
+) -> None:
+    worker, far = deaf
+    change = 0
+    while len(worker.waiting) < WAITING:
+        change += 1
+        fleet.begin(rules_of(change), snapshot(), strict=True)
+        if change % 2:
+            fleet.finish()  # which closes what was retired, though the worker has not read of it
+    sockets: dict[int, str] = {}
+    generations = []
+    while True:
+        try:
+            message, owned = far.receive()
+        except BlockingIOError:
+            if not worker.waiting:
+                break
+            worker.flush()
+            continue
+        match message:
+            case SetSockets():
+                for number, descriptor in zip(message.numbers, owned, strict=True):
+                    with socket.socket(fileno=descriptor) as handed:
+                        sockets[number] = "{}:{}".format(*handed.getpeername())
+            case SetTable():
+                table = map_table(owned[0])
+                os.close(owned[0])
+                generations.append(table.generation)
+            case AddRing():
+                os.close(owned[0])
+    assert generations == list(range(1, fleet.generation + 1))
+    assert f"239.2.2.2:{6001 + change}" in sockets.values()
+
+
+def test_a_worker_that_never_reads_is_given_up_and_costs_no_descriptor(
+    fleet: Fleet, deaf: tuple[Worker, Channel[ToWorker]]
+) -> None:
+    worker, _ = deaf
+    before = descriptors()
+    for change in range(1, 2 * WAITING_MAX):
+        fleet.begin(rules_of(change), snapshot(), strict=True)
+        fleet.finish()
+    assert worker.is_out_of_step
+    assert not worker.waiting
+    assert descriptors() == before
+    fleet.worker_gone(worker)
+    assert not worker.is_out_of_step
+
+
+def test_a_message_that_can_not_be_kept_gives_its_worker_up(
+    fleet: Fleet, deaf: tuple[Worker, Channel[ToWorker]]
+) -> None:
+    worker, _ = deaf
+    change = 0
+    while not worker.waiting:
+        change += 1
+        fleet.begin(rules_of(change), snapshot(), strict=True)
+        fleet.finish()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        worker.send(SetSockets((0,)), [1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert worker.is_out_of_step
+    assert not worker.waiting
