@@ -236,7 +236,7 @@ def let_everything_pass() -> None:
     landlock.restrict = lambda beneath=None: True
     roles._confine = lambda policy: True
 
-    def enable(self: Any) -> None:
+    def enable(self: Any, operations: object) -> None:
         assert self._library.io_uring_enable_rings(ctypes.byref(self._ring)) == 0
 
     module.Uring._restrict = enable  # type: ignore[method-assign]
