@@ -103,7 +103,8 @@ def test_a_killed_worker_is_replaced_and_nothing_waiting_is_lost(
     with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
         os.kill(worker["pid"], signal.SIGSTOP)  # so that no datagram is between ring and socket when it dies
         send(gen, "--interface", "right", "--rate", "20000", "--count", "3000")
-        os.kill(worker["pid"], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # killed as hanging, where all that took too long
+            os.kill(worker["pid"], signal.SIGKILL)
         assert_perfect(summary(), 3000)
     relay.wait_for_log(
         f"[Critical] [Supervisor] Worker process exited unexpectedly: core {worker['core']}, "
