@@ -236,11 +236,7 @@ def let_everything_pass() -> None:
     landlock.restrict = lambda beneath=None: True
     roles._confine = lambda policy: True
 
-<<<<<<< HEAD
     def enable(self: Any, operations: Any) -> None:
-=======
-    def enable(self: Any, operations: object) -> None:
->>>>>>> 5a54449eca28a32416c09e9ee9e297849bf23120
         assert self._library.io_uring_enable_rings(ctypes.byref(self._ring)) == 0
 
     module.Uring._restrict = enable  # type: ignore[method-assign]
