@@ -26,7 +26,7 @@ CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
 DESCRIPTORS_A_WORKER = 8  # its channel, a pidfd, what is passed to it; besides its rings
 URINGS_A_WORKER = 2  # at a hand-over its predecessor still has one
 ALLOW_IT = "allow it in the profile of the container or service"
-# Since Linux 6.13 rings count as locked memory of their user, all its processes together, without CAP_IPC_LOCK.
+# Newer kernels, 6.18 for one, count rings as locked memory of a user without CAP_IPC_LOCK, all processes together.
 IO_URING_REMEDIES = {
     errno.EPERM: f"a seccomp filter or a security module forbids it: {ALLOW_IT}",
     errno.EACCES: f"a security module forbids it: {ALLOW_IT}",

@@ -187,7 +187,7 @@ def test_the_limit_of_locked_memory_is_raised_by_a_relay_that_may(
 
 
 def test_too_little_locked_memory_is_told_where_the_kernel_counts_it(line: Line, tmp_path: Path) -> None:
-    """Linux 6.13 and newer; the packet ring never counts. As a user's: only that has no CAP_IPC_LOCK."""
+    """Newer kernels do, 6.18 for one, without CAP_IPC_LOCK; the packet ring never counts."""
     limited = Through(line.hosts[1], "prlimit", "--memlock=0:0", *UNRAISED)
     trial = "from relay.dataplane.uring_params import *; try_io_urings(SQ_ENTRIES, 1)"
     unprivileged = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", PYTHON, "-c", trial]

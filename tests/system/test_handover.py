@@ -24,10 +24,10 @@ from tools.netns import Host, Line
 
 PPS = 50_000
 COUNT = 100_000
-TURNS = int(os.environ.get("MCR_HANDOVER_TURNS", "3"))  # of what is done again and again
-TURN_COUNT = 150_000  # datagrams while that is done once
-KILLED_COUNT = 300_000
-KILLS = int(os.environ.get("MCR_HANDOVER_KILLS", "4"))  # of a supervisor that changes rules
+TURNS = int(os.environ.get("MCR_HANDOVER_TURNS", "2"))  # of what is done again and again
+TURN_COUNT = 100_000  # datagrams while that is done once
+KILLED_COUNT = 200_000
+KILLS = int(os.environ.get("MCR_HANDOVER_KILLS", "2"))  # of a supervisor that changes rules
 IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
 MANY = 1000
 ROOM = ("--ring-mib", "64")  # 0.6 s at PPS: the machine may be busy
