@@ -119,7 +119,7 @@ def test_twenty_kills_at_any_moment_lose_and_reorder_nothing(
                 watch.wait_for_traffic(1)
                 born_s = time.monotonic()
                 # Old enough to count as grown up: those that die younger are started ever more seldom.
-                poll_until(partial(is_past, born_s + 2 * YOUNG_S), "grown up")
+                poll_until(partial(is_past, born_s + 1.2 * YOUNG_S), "grown up")
                 watch.wait_for_traffic(chance.randrange(1, 5000))
                 pid, killed_s = watch.pid, time.monotonic()
                 os.kill(pid, signal.SIGKILL)
