@@ -105,6 +105,7 @@ class Worker:
     pulse: Pulse = field(default_factory=Pulse)
     lives: Lives = field(default_factory=Lives)
     outlives: bool = False  # the process was told to
+    hangs: bool = False  # the process was found to, and is being killed
     is_excluded: bool = False  # has no rings: others get its share of the traffic
     predecessor: Predecessor | None = None  # a former supervisor's worker on this core, which still reads the rings
     waiting: deque[tuple[msgspec.Struct, list[int]]] = field(default_factory=deque)  # with descriptors of their own
@@ -489,7 +490,9 @@ class Fleet:
         worker.is_excluded = True
         lost = 0
         for number, sock in worker.rings.items():
-            lost += count_filled(sock, self._ring_bytes)
+            with contextlib.suppress(OSError):  # no memory for looking into it
+                lost += count_filled(sock, self._ring_bytes)
+            lost += take_ring_drops(sock)  # since the last count; the kernel's number goes with the socket
             sock.close()  # which takes it out of the fanout group
             worker.stats.header["ring_sent"][number] = 0
         worker.rings.clear()
@@ -575,6 +578,7 @@ class Fleet:
         """Hand a new worker everything that its predecessor had: rings last, as they may hold frames already."""
         worker.running = True
         worker.started_s = time.monotonic()
+        worker.pulse.begin(worker.started_s)
         self._hand_sockets(worker, dict(self._egress.values()))
         self._hand_table(worker)
         if worker.predecessor is None:
@@ -597,7 +601,7 @@ class Fleet:
             worker.channel.close()
         worker.channel = None
         worker.forget()
-        worker.running = worker.outlives = False
+        worker.running = worker.outlives = worker.hangs = False
         worker.pid = 0
 
     def flush(self) -> bool:

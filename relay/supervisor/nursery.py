@@ -12,6 +12,7 @@ import selectors
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -22,13 +23,13 @@ from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawn
 from relay.supervisor import kin
 from relay.supervisor.children import MisbehaviourError, describe_status, start_template
 from relay.supervisor.fleet import Fleet, Worker
-from relay.supervisor.health import PROBATION_S, PULSE_INTERVAL_S
+from relay.supervisor.health import HANG_S, PROBATION_S, PULSE_INTERVAL_S, START_HANG_S
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.logs import last_words
 from relay.supervisor.timers import Timers
+from relay.supervisor.vitals import read_vitals
 
 RESTART_DELAY_S = 0.5  # for a template that ended before it was ready
-START_S_MAX = 10.0  # until a forked worker says that it runs
 MESSAGES_A_TURN = 64  # from one process, before everything else has its turn
 END_S_MAX = 0.5  # for a process that has closed its channel
 
@@ -305,7 +306,7 @@ class Nursery:
         if worker.channel is not None:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(worker.channel)
-        lived_s = time.monotonic() - worker.started_s
+        delay_s = worker.lives.died(time.monotonic() - worker.started_s, worker.hangs)
         self._condemned.discard(worker.core)
         self._silent.discard(worker.core)
         pidfd = self._pidfds.pop(worker.core, None)
@@ -318,7 +319,6 @@ class Nursery:
         self._log.critical(
             f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {how}; {last}", core=exited.core
         )
-        delay_s = worker.lives.died(lived_s)
         # While a former supervisor's worker relays, nothing is lost by waiting for one that lives.
         if worker.lives.is_hopeless and not worker.is_excluded and worker.predecessor is None:
             self._exclude(worker)
@@ -334,25 +334,33 @@ class Nursery:
             self._log.alert(f"{whose}: others get its traffic, {lost} frames in its rings are lost", core=worker.core)
 
     def _take_pulses(self) -> None:
-        """Kill workers that hang, and take back those that have recovered."""
+        """Kill workers that hang, and say of those that kept dying that they have recovered."""
         self._timers.after(PULSE_INTERVAL_S, self._take_pulses)
         now_s = time.monotonic()
         for worker in self._fleet.workers:
-            if not worker.pid:
+            if not worker.pid or worker.hangs:
                 continue
-            alive_s = now_s - worker.started_s
-            if worker.running and worker.is_excluded and alive_s >= PROBATION_S:
-                self._readmit(worker)
+            if worker.running and now_s - worker.started_s >= PROBATION_S:
+                self._absolve(worker)
             if worker.channel is not None:
                 worker.flush()
             if worker.is_out_of_step:
                 self._log.error(f"The worker of core {worker.core} does not read, killed", core=worker.core)
                 self._kill(worker)
                 continue
-            hangs = worker.pulse.hangs(worker.sign_of_life(), now_s) if worker.running else alive_s > START_S_MAX
-            if hangs:
+            limit_s = HANG_S if worker.running else START_HANG_S
+            if worker.pulse.hangs(worker.sign_of_life(), now_s, partial(read_vitals, worker.pid), limit_s):
+                worker.hangs = True
                 self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)
                 self._kill(worker)
+
+    def _absolve(self, worker: Worker) -> None:
+        """A worker stays alive: if others got its traffic, or if it was said to keep dying, that is over."""
+        if worker.is_excluded:
+            self._readmit(worker)
+        elif worker.lives.is_hopeless:
+            worker.lives.recovered()
+            self._log.notice(f"The worker of core {worker.core} has recovered: it stays alive", core=worker.core)
 
     def _readmit(self, worker: Worker) -> None:
         worker.started_s = time.monotonic()

@@ -15,11 +15,13 @@ from relay.descriptors import Channel, channel_pair
 from relay.messages import AddRing, FromWorker, SetSockets, SetTable, ToWorker
 from relay.rules import Output, Rule
 from relay.supervisor.fleet import WAITING_MAX, Fleet, Worker
-from relay.supervisor.ingress import Fanout
+from relay.supervisor.ingress import FRAME_BYTES, Fanout, count_filled, take_ring_drops
 from relay.supervisor.interfaces import snapshot
 from tools.netns import Host
 
 RULE = Rule(rule_id="r1", input_group="239.1.1.1", input_port=5001, outputs=(Output("239.2.2.2", 6001, "lo"),))
+
+RING_BYTES = 1 << 20  # 512 frames
 
 
 @pytest.fixture
@@ -30,6 +32,22 @@ def fleet() -> Iterator[Fleet]:
     with Host("fleet") as host, host.inside():
         owner = (os.geteuid(), os.getegid())
         fleet = Fleet([0], f"fleet{os.getpid()}", owner, ["lo"], 1 << 20, Fanout.hash, LevelPolicy())
+        try:
+            fleet.begin([RULE], snapshot(), strict=True)
+            fleet.finish()
+            yield fleet
+        finally:
+            fleet.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Fleet]:
+    """Two cores that share one interface, lo, in a namespace of their own; no process behind them."""
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces and packet sockets need root")
+    with Host("pair") as host, host.inside():
+        owner = (os.geteuid(), os.getegid())
+        fleet = Fleet([0, 1], f"pair{os.getpid()}", owner, ["lo"], RING_BYTES, Fanout.hash, LevelPolicy())
         try:
             fleet.begin([RULE], snapshot(), strict=True)
             fleet.finish()
@@ -155,3 +173,34 @@ def test_a_message_that_can_not_be_kept_gives_its_worker_up(
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert worker.is_out_of_step
     assert not worker.waiting
+
+
+def send_flows(flows: int, datagrams_each: int) -> None:
+    """Send to the rule's input from many ports, so that every member of the fanout group gets some."""
+    for _ in range(flows):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+            for _ in range(datagrams_each):
+                sender.sendto(b"x", (RULE.input_group, RULE.input_port))
+
+
+def test_a_worker_that_is_given_up_has_every_frame_counted_that_it_lost(pair: Fleet) -> None:
+    """What waits in its ring, and what the kernel found no room for since the last count."""
+    fleet = pair
+    kept, given_up = fleet.workers
+    send_flows(flows=32, datagrams_each=64)
+    lost = fleet.exclude(given_up)
+    assert lost is not None
+    (ring,) = kept.rings.values()
+    others = count_filled(ring, RING_BYTES) + take_ring_drops(ring)
+    assert lost > RING_BYTES // FRAME_BYTES  # more than the ring holds
+    assert lost + others == 32 * 64
+    assert given_up.stats.header["ring_full"] == lost
+    send_flows(flows=32, datagrams_each=1)
+    assert count_filled(ring, RING_BYTES) + take_ring_drops(ring) >= 32  # the group has one member now
+
+
+def test_the_only_worker_keeps_its_traffic(fleet: Fleet) -> None:
+    (worker,) = fleet.workers
+    assert fleet.exclude(worker) is None
+    assert worker.rings
