@@ -67,6 +67,7 @@ class Nursery:
         self._pidfds: dict[int, int] = {}  # by core: of workers that are what their template said
         self._templates: dict[int, int] = {}  # by core: the template's pid that was asked for the worker
         self._condemned: set[int] = set()  # cores whose worker is killed as soon as its pid is known
+        self._unrelieved: set[int] = set()  # cores whose worker keeps dying, and nobody else can get its traffic
         self._silent: set[int] = set()  # cores whose worker has closed its channel, and whose exit was not told yet
 
     def start(self) -> None:
@@ -329,8 +330,10 @@ class Nursery:
         lost = self._fleet.exclude(worker)
         whose = f"The worker of core {worker.core} has died {worker.lives.young_deaths} times at once"
         if lost is None:
+            self._unrelieved.add(worker.core)
             self._log.alert(f"{whose}: there is no other, its traffic is lost when its ring is full", core=worker.core)
         else:
+            self._unrelieved.discard(worker.core)
             self._log.alert(f"{whose}: others get its traffic, {lost} frames in its rings are lost", core=worker.core)
 
     def _take_pulses(self) -> None:
@@ -355,11 +358,14 @@ class Nursery:
                 self._kill(worker)
 
     def _absolve(self, worker: Worker) -> None:
-        """A worker stays alive: if others got its traffic, or if it was said to keep dying, that is over."""
+        """A worker stays alive: it gets its traffic again, or has had it long enough to have recovered."""
         if worker.is_excluded:
             self._readmit(worker)
-        elif worker.lives.is_hopeless:
+            return
+        if worker.lives.is_hopeless:
             worker.lives.recovered()
+        if worker.core in self._unrelieved:
+            self._unrelieved.discard(worker.core)
             self._log.notice(f"The worker of core {worker.core} has recovered: it stays alive", core=worker.core)
 
     def _readmit(self, worker: Worker) -> None:

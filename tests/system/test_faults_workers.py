@@ -109,11 +109,11 @@ def test_twenty_kills_at_any_moment_lose_and_reorder_nothing(
     line: Line, start_relay: StartRelay, tmp_path: Path
 ) -> None:
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), 1, *RING_OF_SECONDS)
+    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
     relay.add("r", IN, OUT)
     watch, chance, count = Watch(relay), random.Random(SEED), KILLS * PPS * 3 // 4
     outages_s: dict[int, float] = {}
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "3") as summary:
+    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
         with traffic(gen, count):
             for _ in range(KILLS):
                 watch.wait_for_traffic(1)
@@ -185,8 +185,8 @@ def test_a_hanging_worker_is_replaced_and_nothing_is_lost(
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 1, *RING_OF_SECONDS)
     relay.add("r", IN, OUT)
-    watch, count = Watch(relay), 5 * PPS // 2
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "3") as summary:
+    watch, count = Watch(relay), 2 * PPS
+    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
         with traffic(gen, count):
             watch.wait_for_traffic(1000)
             pid, asking = watch.pid, threading.Thread(target=hang, args=(watch, relay))
@@ -200,7 +200,11 @@ def test_a_hanging_worker_is_replaced_and_nothing_is_lost(
     assert outage_s < REPLACED_S_MAX
     relay.wait_for_log(f"[Error] [Supervisor] The worker of core {watch.core} hangs, killed")
     relay.wait_for_log(f"pid {pid}, signal SIGKILL")
-    assert relay.assert_accounted()["drops"]["ring_full"] == 0
+    stats = relay.stats()
+    assert stats["drops"]["ring_full"] == 0
+    # Of the pass in which it is killed, what was taken in may be counted twice, and what was sent, not at all.
+    assert abs(count - stats["packets_in"]) <= PASS_DATAGRAMS_MAX
+    assert abs(count - stats["packets_relayed"]) <= PASS_DATAGRAMS_MAX
     if hang is loop_in_python:
         assert {rule["rule_id"] for rule in relay.ask("list-rules")} == {"r", "s"}
     relay.stop()
@@ -210,7 +214,7 @@ def test_a_worker_that_only_seems_to_hang_is_left_alone(line: Line, start_relay:
     relay = start_relay(line.hosts[1])
     watch = Watch(relay)
     pid = watch.pid
-    wait_while(1.5, lambda: None)  # idle
+    wait_while(2 * HANG_S, lambda: None)  # idle
     pause_all(relay, pid)
     hold_as_debugger(pid)
     rules = [
@@ -228,7 +232,7 @@ def pause_all(relay: Relay, worker: int) -> None:
     """A machine that sleeps, and of which the supervisor wakes first."""
     for pid in (relay.pid, worker):
         os.kill(pid, signal.SIGSTOP)
-    wait_while(1.5, lambda: None)
+    wait_while(2 * HANG_S, lambda: None)
     for pid in (relay.pid, worker):
         os.kill(pid, signal.SIGCONT)
         wait_while(0.1, lambda: None)
@@ -253,7 +257,7 @@ def test_a_worker_that_gets_no_core_is_left_alone(line: Line, start_relay: Start
     pid, gaps_ns = watch.pid, [0]
     command = ["chrt", "--fifo", "50", "taskset", "--cpu-list", str(watch.core), PYTHON, "-c", "while 1: 1"]
     with subprocess.Popen(command) as process:
-        wait_while(3.0, lambda: gaps_ns.append(time.monotonic_ns() - watch.heartbeat_ns))
+        wait_while(2.2, lambda: gaps_ns.append(time.monotonic_ns() - watch.heartbeat_ns))
         process.kill()
     print(f"longest time between two heartbeats: {max(gaps_ns) / 1e6:.0f} ms")
     if max(gaps_ns) < HANG_S * 1e9 + BEAT_NS:
@@ -300,7 +304,7 @@ def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_bac
     core = Relay.cores(2)[1]
     with Killer(relay, core):
         relay.wait_for_log(f"[Alert] [Supervisor] The worker of core {core} has died")
-        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
             with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
                 pass
             assert summary()["lost"] == 0
@@ -308,12 +312,13 @@ def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_bac
         assert deaths < 20  # seconds have passed: it is started ever more seldom
     relay.wait_for_log(f"[Notice] [Supervisor] The worker of core {core} has recovered")
     before = {worker["core"]: worker["packets_relayed"] for worker in relay.ask("list-workers")}
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
         with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
             pass
         assert summary()["lost"] == 0
     after = {worker["core"]: worker["packets_relayed"] for worker in relay.ask("list-workers")}
     assert all(after[core] > before[core] for core in after)
+    assert relay.text().count("has recovered") == 1
     relay.stop()
 
 
@@ -328,6 +333,7 @@ def test_the_only_worker_that_keeps_dying_is_said_and_started_again(line: Line, 
     relay.stop()
 
 
+@pytest.mark.skipif("MCR_FAULTS_LONG" not in os.environ, reason="takes 20 s: set MCR_FAULTS_LONG")
 def test_a_worker_that_hangs_again_and_again_gives_its_traffic_to_the_others(
     line: Line, start_relay: StartRelay, tmp_path: Path
 ) -> None:
@@ -337,7 +343,7 @@ def test_a_worker_that_hangs_again_and_again_gives_its_traffic_to_the_others(
     core = Relay.cores(2)[1]
     with Killer(relay, core, signal.SIGSTOP):
         relay.wait_for_log(f"[Alert] [Supervisor] The worker of core {core} has died")
-        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
             with traffic(gen, PPS, "--flows", str(FLOWS), "--flow-by", "source-port"):
                 pass
             assert summary()["lost"] == 0

@@ -1,6 +1,6 @@
 """Who is ill, decided from signs of life, from what the kernel says, and from deaths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,10 +22,15 @@ STOPPED = Vitals(is_runnable=False, is_traced=False, cpu_s=1.0)
 TRACED = Vitals(is_runnable=False, is_traced=True, cpu_s=1.0)
 
 
+def says(vitals: Vitals | None) -> Callable[[], Vitals | None]:
+    """A kernel that says this."""
+    return lambda: vitals
+
+
 def looks(pulse: Pulse, signs: Sequence[int], seen: Sequence[Vitals | None], limit_s: float = HANG_S) -> list[bool]:
     """What each of these looks finds, one an interval."""
     return [
-        pulse.hangs(sign, (i + 1) * PULSE_INTERVAL_S, lambda vitals=vitals: vitals, limit_s)  # type: ignore[misc]
+        pulse.hangs(sign, (i + 1) * PULSE_INTERVAL_S, says(vitals), limit_s)
         for i, (sign, vitals) in enumerate(zip(signs, seen, strict=True))
     ]
 
@@ -80,10 +85,10 @@ def test_what_nobody_watched_is_no_silence(pauses_s: list[float]) -> None:
     """The machine slept, or the supervisor was kept from its core: two such looks prove nothing."""
     pulse = begun()
     now_s = 0.1
-    assert not pulse.hangs(1, now_s, lambda: STOPPED)
+    assert not pulse.hangs(1, now_s, says(STOPPED))
     for pause_s in pauses_s[:2]:
         now_s += pause_s
-        assert not pulse.hangs(1, now_s, lambda: STOPPED)
+        assert not pulse.hangs(1, now_s, says(STOPPED))
 
 
 @given(
@@ -99,7 +104,7 @@ def test_what_nobody_watched_is_no_silence(pauses_s: list[float]) -> None:
 def test_silence_is_never_longer_than_what_was_watched(history: list[tuple[int, float, Vitals | None]]) -> None:
     pulse, silent_looks, before = begun(), 0, None
     for sign, now_s, vitals in history:
-        found = pulse.hangs(sign, now_s, lambda vitals=vitals: vitals)  # type: ignore[misc]
+        found = pulse.hangs(sign, now_s, says(vitals))
         silent_looks = silent_looks + 1 if sign == before else 0
         before = sign
         assert not found or silent_looks * 2 * PULSE_INTERVAL_S >= HANG_S
