@@ -3,6 +3,7 @@
 gen ──left── relay ──right── sink        10.1.0.0/24, 10.2.0.0/24
 """
 
+import json
 import os
 import re
 import resource
@@ -165,6 +166,12 @@ def test_a_stop_while_starting_anew_is_a_stop(line: Line, start_relay: StartRela
     assert relay.leftovers() == []
 
 
+def is_published(relay: Relay) -> bool:
+    """Whether what runs now is what the next supervisor would find."""
+    kept = json.loads(relay.socket.with_suffix(".inventory").read_text())
+    return {worker["pid"] for worker in kept["workers"]} == workers(relay)
+
+
 def test_as_many_inputs_as_one_likes_are_kept(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1])
     rules = [(f"r{port}", f"10.1.0.2:{port}", "239.2.2.2:6001:right") for port in range(5001, 5001 + MANY_INPUTS)]
@@ -172,6 +179,7 @@ def test_as_many_inputs_as_one_likes_are_kept(line: Line, start_relay: StartRela
     with relayed_whole(line, tmp_path, "--group", "10.1.0.2"):
         result = relay.control("restart")
         assert result.returncode == 0, result.stderr
+        wait_until(lambda: is_published(relay), "the next one could take over")
         kill_supervisor(relay)
         relay.start_again()
     assert len(relay.ask("list-rules")) == MANY_INPUTS

@@ -203,7 +203,7 @@ def test_sighup_installs_the_configuration_again(line: Line, start_relay: StartR
     relay.process.send_signal(signal.SIGHUP)
     relay.wait_for_log(f"Configuration not changed: {config}:1: nonsense: unknown key")
     assert len(relay.ask("list-rules")) == 3
-    config.write_text("ring_mib = 8\n" + RULE.format("kept", 5001))
+    config.write_text("stats_interval_s = 8\n" + RULE.format("kept", 5001))
     relay.process.send_signal(signal.SIGHUP)
     relay.wait_for_log("Options other than rules have changed: they take effect at the next start")
     relay.stop()

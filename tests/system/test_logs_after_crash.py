@@ -89,7 +89,7 @@ def test_a_worker_killed_inside_a_record_costs_that_record_and_its_successor_goe
 ) -> None:
     relay = start_relay(line.hosts[1])
     (worker,) = relay.ask("list-workers")
-    started = f"Data plane worker started on core {worker['core']}"
+    started = f"[Info] [DataPlane] Data plane worker started on core {worker['core']}"
     ring = SharedSPSCRingBuffer.attach(f"mcr_{relay.instance}_dp_c{worker['core']}_dataplane")
     os.kill(worker["pid"], signal.SIGSTOP)
     place = ring.segment.get("write_cursor") & (ring.capacity - 1)
