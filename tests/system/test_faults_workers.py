@@ -44,8 +44,8 @@ FLOWS = 64
 
 @contextlib.contextmanager
 def traffic(gen: Host, count: int, *options: str) -> Iterator[threading.Thread]:
-    """Datagrams at PPS while the block runs, and until all are sent."""
-    to = ("--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
+    """Datagrams in frames of their own at PPS while the block runs, and until all are sent."""
+    to = ("--interface", "right", "--rate", str(PPS), "--no-gso", "--count", str(count), *options)
     sending = threading.Thread(target=send, args=(gen, *to))
     sending.start()
     try:
@@ -109,7 +109,7 @@ def test_twenty_kills_at_any_moment_lose_and_reorder_nothing(
     line: Line, start_relay: StartRelay, tmp_path: Path
 ) -> None:
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
+    relay = start_relay(host, ("left",), 1, *RING_OF_SECONDS)
     relay.add("r", IN, OUT)
     watch, chance, count = Watch(relay), random.Random(SEED), KILLS * PPS * 3 // 4
     outages_s: dict[int, float] = {}
