@@ -1,5 +1,6 @@
 """Preflight: what the machine must allow before anything starts. Each refusal names the remedy in its line."""
 
+import contextlib
 import errno
 import os
 import platform
@@ -77,7 +78,8 @@ def check_io_uring(owner: tuple[int, int], workers: int) -> None:
 def _try_io_uring(owner: tuple[int, int], workers: int, writer: int) -> None:
     """In a child: write what was refused, and end."""
     try:
-        drop_to(*owner)
+        with contextlib.suppress(PermissionError):  # a service that is not root may be forbidden capset(2)
+            drop_to(*owner)
         try_io_urings(SQ_ENTRIES, URINGS_A_WORKER * workers)
         os._exit(0)
     except OSError as error:
