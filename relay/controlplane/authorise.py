@@ -9,10 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from relay.api import AddRules, LogLevel, RemoveRules, Request, Restart
+from relay.credentials import peer_of
 from relay.errors import ControlError
 from relay.privileges import overflow_id
 
-UCRED = struct.Struct("@iII")  # struct ucred: pid, uid, gid
 SO_PEERGROUPS = 59  # asm-generic/socket.h
 GROUPS_BYTES_MAX = 1024  # of Python's getsockopt; of a user with more groups than 256 only the first one counts
 ROOT = 0
@@ -28,7 +28,7 @@ class Peer:
 
 def _credentials(client: socket.socket) -> tuple[int, set[int]]:
     """User and groups of who opened the connection."""
-    _, uid, gid = UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    _, uid, gid = peer_of(client)
     try:
         groups = client.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_BYTES_MAX)
     except OSError:

@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import traceback
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from relay.confinement.roles import confine_template
+from relay.credentials import peer_of
 from relay.dataplane import CACHE_DIRECTORY, layout, loop, memory
 from relay.dataplane.ring import find_cursor
 from relay.dataplane.syscalls import load_liburing
@@ -113,7 +113,7 @@ class Template:
     def _accept(self) -> None:
         """Hand everything that is kept to the next supervisor, if it is one."""
         end, _ = self._handover.accept()
-        _, uid, _ = struct.unpack("@iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        _, uid, _ = peer_of(end)
         if uid not in (0, self._heir_uid):
             end.close()
             return

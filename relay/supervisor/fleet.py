@@ -152,10 +152,10 @@ class Worker:
         try:
             for descriptor in descriptors:
                 own.append(os.dup(descriptor))
+            is_kept = len(self.waiting) <= WAITING_MAX
         except OSError:  # too many are open
-            self.forget()
-            self.is_out_of_step = True
-        if len(self.waiting) > WAITING_MAX:
+            is_kept = False
+        if not is_kept:
             self.forget()
             self.is_out_of_step = True
 

@@ -9,12 +9,12 @@ import os
 import pwd
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from logging_shm import Logger
+from relay.credentials import peer_of
 from relay.errors import PreflightError
 from relay.trust import check_place, trusted_uids
 
@@ -26,7 +26,6 @@ BACKLOG = 1024  # clients that flood fill it; the others wait behind them
 END_S_MAX = 1.0
 POLL_S = 0.02
 SUPERVISOR = "supervisor"  # how the name of a segment that every mcrd maps ends
-UCRED = struct.Struct("@iII")  # pid, uid, gid
 OTHER = "stop it, or give --socket another place"
 
 
@@ -101,8 +100,8 @@ def _listener_pid(path: Path) -> int | None:
             return None
         except OSError:  # EAGAIN where too many wait; EPROTOTYPE, another kind of socket
             return 0
-        pid, _, _ = UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-        return int(pid)
+        pid, _, _ = peer_of(probe)
+        return pid
 
 
 @contextlib.contextmanager
@@ -112,8 +111,8 @@ def listening(
     """A listening socket at `path`, which is removed at the end. `mode` is octal, `gid` the group that owns it.
 
     A former supervisor's is `adopted`: clients that wait there are answered. It stays there for the next start when
-    this one fails. What a killed one left without anybody
-    behind it is replaced. Raises PreflightError when it is in use or can't be made.
+    this one fails. What a killed one left without anybody behind it is replaced. Raises PreflightError when it is in
+    use or can't be made.
     """
     with adopted or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
@@ -171,7 +170,7 @@ def _hand_over(path: Path, mode: int, gid: int | None) -> tuple[int, int]:
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
             raise PreflightError(f"control socket {path} was replaced by another's file: give --socket another place")
         itself = f"/proc/self/fd/{descriptor}"  # chmod(2) and chown(2) of this very file, whatever has its name
-        if gid is not None:
+        if gid is not None and status.st_gid != gid:  # a service may be forbidden to change owners
             os.chown(itself, -1, gid)
         Path(itself).chmod(mode)
     finally:

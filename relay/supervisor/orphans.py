@@ -9,9 +9,7 @@ the inventory says before it is used.
 import contextlib
 import fcntl
 import os
-import select
 import selectors
-import signal
 import socket
 import stat
 import time
@@ -28,6 +26,7 @@ from relay.dataplane.counters import StatsSegment
 from relay.descriptors import Channel, ChannelClosedError
 from relay.errors import PreflightError, RelayError
 from relay.messages import Exited, FromOrphans, Keep, KeptAll, Leave
+from relay.supervisor import kin
 from relay.supervisor.membership import Listen
 from relay.supervisor.state import StateFile
 
@@ -161,8 +160,7 @@ class Predecessor:
 
     def kill(self) -> None:
         """End one that does not obey."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        kin.kill(self.pidfd)
 
     def close(self) -> None:
         """Let go of it."""
@@ -290,8 +288,7 @@ def end_template(template: KeptProcess, pidfd: int) -> None:
     with selectors.DefaultSelector() as selector:
         selector.register(pidfd, selectors.EVENT_READ)
         if not selector.select(TEMPLATE_END_S_MAX):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            kin.kill(pidfd)
             selector.select(TEMPLATE_END_S_MAX)
     os.close(pidfd)
     with contextlib.suppress(ChildProcessError):
@@ -348,7 +345,7 @@ def take_over(
     running = predecessors(inventory, instance, kept)
     if template is not None and channel is None:
         lines.append(f"The template of {former} did not answer and was killed")
-        signal.pidfd_send_signal(template, signal.SIGKILL)
+        kin.kill(template)
     if template is not None and channel is not None:
         orphans = Orphans(inventory, channel, template, kept, running)
         if running and orphans.fits(cores, ring_bytes, fanout):
@@ -409,17 +406,10 @@ def open_process(worker: KeptProcess) -> int | None:
     except OSError:
         return None
     # The pidfd is open, so the pid can't go to another process between this look and its use.
-    if process_start_ticks(worker.pid) == worker.start_ticks and not _has_ended(pidfd):
+    if process_start_ticks(worker.pid) == worker.start_ticks and not kin.has_ended(pidfd):
         return pidfd
     os.close(pidfd)
     return None
-
-
-def _has_ended(pidfd: int) -> bool:
-    """Whether a process has ended, though nobody may have waited for it yet."""
-    waiting = select.poll()
-    waiting.register(pidfd, select.POLLIN)
-    return bool(waiting.poll(0))
 
 
 def connect(path: Path) -> Channel[FromOrphans] | None:
@@ -457,7 +447,7 @@ def predecessors(inventory: Inventory, instance: str | None, kept: Kept) -> dict
             # The name may be that of a later worker, whose supervisor was killed while it took over.
             stats = kept.stats.get(worker.core) or StatsSegment.attach(worker.core, instance)
         except (posix_ipc.Error, OSError, ValueError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # nobody can talk to it
+            kin.kill(pidfd)  # nobody can talk to it
             os.close(pidfd)
             continue
         found[worker.core] = Predecessor(worker.core, worker.pid, pidfd, stats)
