@@ -246,7 +246,9 @@ class Nursery:
         channel, far = channel_pair(FromWorker)
         with far:
             try:
-                self._channel.send(Spawn(worker.core, self._instance, self._idle), [far.fileno()])
+                self._channel.send(
+                    Spawn(worker.core, self._instance, self._idle), [far.fileno(), worker.copies.fileno()]
+                )
             except ChannelClosedError:
                 channel.close()
                 return
