@@ -189,7 +189,9 @@ class Memory:
         self.worker["window"] = 1
         self.arrays["egress_fds"]["value"] = -1
         self._link_sends()
-        self._link_copies()
+        index = np.arange(layout.RINGS_MAX * COPY_SLOTS, dtype=np.int64)
+        self.arrays["copy_iovecs"]["iov_base"] = address_of(self.arrays["copy_arena"]) + index * COPY_SLOT_BYTES
+        self.arrays["copy_iovecs"]["iov_len"] = COPY_SLOT_BYTES
 
     def __getitem__(self, name: str) -> Any:
         """An array by its name in ARRAYS."""
@@ -207,10 +209,9 @@ class Memory:
         sqes["msg_flags"] = layout.MSG_DONTWAIT | layout.MSG_NOSIGNAL
         sqes["user_data"] = index
 
-    def _link_copies(self) -> None:
-        index = np.arange(layout.RINGS_MAX * COPY_SLOTS, dtype=np.int64)
-        iovecs, header = self.arrays["copy_iovecs"], self.arrays["copy_mmsg"]["msg_hdr"]
-        iovecs["iov_base"] = address_of(self.arrays["copy_arena"]) + index * COPY_SLOT_BYTES
-        iovecs["iov_len"] = COPY_SLOT_BYTES
-        header["msg_iov"] = address_of(iovecs) + index * layout.IOVEC.itemsize
+    def link_copies(self, ring_index: int) -> None:
+        """Have frames of this ring fetched here. Its former reader, which shares the arena, must have ended."""
+        index = np.arange(ring_index * COPY_SLOTS, (ring_index + 1) * COPY_SLOTS, dtype=np.int64)
+        header = self.arrays["copy_mmsg"]["msg_hdr"][index[0] : index[-1] + 1]
+        header["msg_iov"] = address_of(self.arrays["copy_iovecs"]) + index * layout.IOVEC.itemsize
         header["msg_iovlen"] = 1

@@ -160,6 +160,7 @@ class Worker:
             int(self.stats.header["ring_sent"][message.index]) % message.frame_count,
         )
         ring["taken"] = ring["fill_level"] = 0
+        self.memory.link_copies(message.index)
         resume_copies(self.memory.worker, message.index)
         ring["active"] = 1
         self.rings[message.index] = (socket.socket(fileno=descriptor), mapped)

@@ -145,6 +145,7 @@ class DataPath:
         for name, value in values.items():
             self.ring[name] = value
         self.ring["active"] = 1
+        self.memory.link_copies(0)
         self.sound = frames.as_array(frames.sound_frames(), frames.FRAME_BYTES_MAX)
         self.big = frames.as_array(frames.big_frames(), frames.BIG_BYTES_MAX)
         self.made = np.zeros((FRAMES_OF_PASS, frames.FRAME_BYTES_MAX), np.uint8)

@@ -89,6 +89,7 @@ class Reader:
         self.ring["frame_bytes"], self.ring["active"] = SLOT_BYTES, 1
         self.ring["cursor"] = find_cursor(address_of(ring), len(ring), SLOT_BYTES, sent)
         self.sent = int(self.ring["cursor"])
+        self._memory.link_copies(0)
         resume_copies(self._memory.worker, 0)
 
     def read(self) -> bytes:
