@@ -23,7 +23,7 @@ import pytest
 from relay.dataplane.counters import StatsSegment
 from relay.supervisor.health import HANG_S, YOUNG_S
 from tests.system.conftest import StartRelay
-from tests.system.harness import DEADLINE_S, PYTHON, Relay, assert_perfect, receiving, send
+from tests.system.harness import DEADLINE_S, PYTHON, Relay, assert_perfect, receiving, relay_some, send, wait_until
 from tools.netns import Host, Line
 
 PPS = 50_000
@@ -335,4 +335,34 @@ def test_the_only_worker_that_keeps_dying_is_said_and_started_again(line: Line, 
     assert re.search(r"there is no other, its traffic is lost when its ring is full", relay.text())
     relay.wait_for_log(f"[Notice] [Supervisor] The worker of core {core} has recovered: it stays alive")
     assert relay.ask("list-workers")[0]["state"] == "running"
+    relay.stop()
+
+
+def template_of(relay: Relay) -> psutil.Process:
+    children = psutil.Process(relay.pid).children()
+    return next(child for child in children if "relay.dataplane.template" in child.cmdline())
+
+
+@pytest.mark.parametrize("when", ["before the exit", "before the start"])
+def test_a_template_that_does_not_answer_is_replaced(
+    line: Line, start_relay: StartRelay, tmp_path: Path, when: str
+) -> None:
+    """It would neither tell of a worker's end nor start the next one."""
+    relay = start_relay(line.hosts[1])
+    relay.add("r", IN, OUT)
+    watch, template = Watch(relay), template_of(relay)
+    former = watch.pid
+    if when == "before the exit":
+        template.suspend()
+        os.kill(former, signal.SIGKILL)
+    else:
+        os.kill(relay.pid, signal.SIGSTOP)
+        os.kill(former, signal.SIGKILL)
+        wait_until(lambda: not template.children(), "the template has told of it")
+        template.suspend()
+        os.kill(relay.pid, signal.SIGCONT)
+    relay.wait_for_log(f"The template does not answer, killed: pid {template.pid}")
+    wait_until(lambda: relay.ask("list-workers")[0]["state"] == "running" and watch.pid != former, "the next one runs")
+    relay_some(line, tmp_path, 1000)
+    assert f"pid {former}, " in relay.text()
     relay.stop()
