@@ -6,13 +6,12 @@ The others have the lowest priority, so that real traffic has the cores first. T
 tests. Exit status 1 when a test of either half failed.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 
 SYSTEM_TESTS = "tests/system"
-NICE_LOWEST = 19
+LOWEST_PRIORITY = ("nice", "-n", "19")
 
 
 def pytest(*arguments: str) -> list[str]:
@@ -24,10 +23,7 @@ def main() -> None:
     """Run both halves."""
     with tempfile.TemporaryFile() as output:
         others = subprocess.Popen(
-            pytest(f"--ignore={SYSTEM_TESTS}"),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.setpriority(os.PRIO_PROCESS, 0, NICE_LOWEST),
+            [*LOWEST_PRIORITY, *pytest(f"--ignore={SYSTEM_TESTS}")], stdout=output, stderr=subprocess.STDOUT
         )
         try:
             system = subprocess.call(pytest(SYSTEM_TESTS))
