@@ -20,6 +20,7 @@ class Interface(msgspec.Struct, frozen=True):
     name: str
     index: int
     is_up: bool
+    has_carrier: bool
     mtu_bytes: int
     addresses: tuple[str, ...]  # IPv4, the primary one first
 
@@ -45,6 +46,7 @@ def snapshot() -> dict[str, Interface]:
             name=name,
             index=index,
             is_up=state.isup or "up" in state.flags.split(","),
+            has_carrier=state.isup,
             mtu_bytes=state.mtu,
             addresses=tuple(a.address for a in addresses.get(name, ()) if a.family == socket.AF_INET),
         )
@@ -52,15 +54,27 @@ def snapshot() -> dict[str, Interface]:
 
 
 def differences(former: Mapping[str, Interface], present: Mapping[str, Interface]) -> Iterator[str]:
-    """A line for each interface that came, went, or changed between up and down."""
+    """A line for each interface that came or went, and for each change of one: up, carrier, addresses, MTU."""
     for name in sorted({*former, *present}):
         before, after = former.get(name), present.get(name)
         if after is None:
             yield f"Interface {name} is gone"
         elif before is None or before.index != after.index:
             yield f"Interface {name} appeared, {'up' if after.is_up else 'down'}"
-        elif before.is_up != after.is_up:
-            yield f"Interface {name} is {'up' if after.is_up else 'down'}"
+        else:
+            yield from _changes(before, after)
+
+
+def _changes(before: Interface, after: Interface) -> Iterator[str]:
+    name = after.name
+    if before.is_up != after.is_up:
+        yield f"Interface {name} is {'up' if after.is_up else 'down'}"
+    elif after.is_up and before.has_carrier != after.has_carrier:
+        yield f"Interface {name} has {'a' if after.has_carrier else 'no'} carrier"
+    if before.addresses != after.addresses:
+        yield f"Interface {name} has {', '.join(after.addresses) or 'no IPv4 address'}"
+    if before.mtu_bytes != after.mtu_bytes:
+        yield f"Interface {name} has an MTU of {after.mtu_bytes} bytes"
 
 
 class InterfaceMonitor:
