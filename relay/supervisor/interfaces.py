@@ -53,24 +53,36 @@ def snapshot() -> dict[str, Interface]:
     return interfaces
 
 
-def differences(former: Mapping[str, Interface], present: Mapping[str, Interface]) -> Iterator[str]:
-    """A line for each interface that came or went, and for each change of one: up, carrier, addresses, MTU."""
+def differences(
+    former: Mapping[str, Interface], present: Mapping[str, Interface], without_carrier: set[str]
+) -> Iterator[str]:
+    """A line for each interface that came or went, and for each change of one: up, carrier, addresses, MTU.
+
+    `without_carrier` is the caller's, and kept here: whose loss was told. After coming up a carrier takes a moment.
+    """
     for name in sorted({*former, *present}):
         before, after = former.get(name), present.get(name)
+        if before is None or after is None or before.index != after.index:
+            without_carrier.discard(name)
         if after is None:
             yield f"Interface {name} is gone"
         elif before is None or before.index != after.index:
             yield f"Interface {name} appeared, {'up' if after.is_up else 'down'}"
         else:
-            yield from _changes(before, after)
+            yield from _changes(before, after, without_carrier)
 
 
-def _changes(before: Interface, after: Interface) -> Iterator[str]:
+def _changes(before: Interface, after: Interface, without_carrier: set[str]) -> Iterator[str]:
     name = after.name
     if before.is_up != after.is_up:
+        without_carrier.discard(name)
         yield f"Interface {name} is {'up' if after.is_up else 'down'}"
-    elif after.is_up and before.has_carrier != after.has_carrier:
-        yield f"Interface {name} has {'a' if after.has_carrier else 'no'} carrier"
+    elif after.is_up and before.has_carrier and not after.has_carrier:
+        without_carrier.add(name)
+        yield f"Interface {name} has no carrier"
+    elif after.has_carrier and name in without_carrier:
+        without_carrier.discard(name)
+        yield f"Interface {name} has a carrier again"
     if before.addresses != after.addresses:
         yield f"Interface {name} has {', '.join(after.addresses) or 'no IPv4 address'}"
     if before.mtu_bytes != after.mtu_bytes:

@@ -100,6 +100,7 @@ class Supervisor:
         self._rules: dict[str, Rule] = {}
         self._carried_out: deque[str] = deque(maxlen=CARRIED_OUT_MAX)
         self._interfaces = interfaces.snapshot()
+        self._without_carrier: set[str] = set()
         self._egress_watch = EgressWatch()
         self._retry_s, self._retry_at_s = TICK_S, 0.0
         self._stopping = False
@@ -360,7 +361,7 @@ class Supervisor:
         anew = sorted(self._fleet.created_anew() & self._interfaces.keys())
         if former == self._interfaces and not anew:
             return
-        for line in interfaces.differences(former, self._interfaces):
+        for line in interfaces.differences(former, self._interfaces, self._without_carrier):
             self._log.notice(line)
         for name in anew:
             if name in former and former[name].index == self._interfaces[name].index:

@@ -1,5 +1,7 @@
 """What the log says about interfaces that changed."""
 
+import itertools
+
 import msgspec
 import pytest
 
@@ -21,9 +23,21 @@ ETH0 = Interface("eth0", 2, is_up=True, has_carrier=True, mtu_bytes=1500, addres
 )
 def test_each_change_is_one_line(change: dict[str, object], line: str) -> None:
     after = msgspec.structs.replace(ETH0, **change)
-    assert list(differences({"eth0": ETH0}, {"eth0": after})) == [line]
+    assert list(differences({"eth0": ETH0}, {"eth0": after}, set())) == [line]
 
 
 def test_what_stays_the_same_is_no_line() -> None:
-    assert list(differences({"eth0": ETH0}, {"eth0": ETH0})) == []
-    assert list(differences({"eth0": ETH0}, {})) == ["Interface eth0 is gone"]
+    assert list(differences({"eth0": ETH0}, {"eth0": ETH0}, set())) == []
+    assert list(differences({"eth0": ETH0}, {}, set())) == ["Interface eth0 is gone"]
+
+
+def test_a_carrier_is_told_again_only_where_its_loss_was() -> None:
+    """The kernel announces up before it announces the carrier."""
+    told: set[str] = set()
+    down = msgspec.structs.replace(ETH0, is_up=False, has_carrier=False)
+    without = msgspec.structs.replace(ETH0, has_carrier=False)
+    steps = [down, without, ETH0, without, ETH0, without, down, without, ETH0]
+    lines = [list(differences({"eth0": a}, {"eth0": b}, told)) for a, b in itertools.pairwise(steps)]
+    words = ("is up", "is down", "has no carrier", "has a carrier again")
+    up, off, lost, back = (f"Interface eth0 {what}" for what in words)
+    assert lines == [[up], [], [lost], [back], [lost], [off], [up], []]
