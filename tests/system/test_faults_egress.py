@@ -188,6 +188,11 @@ def test_a_receiver_that_answers_no_arp_harms_no_other(
     assert relay.stop().count("No ARP answer from 10.2.0.99 on right") == 1
 
 
+def wait_for_more(relay: Relay) -> None:
+    before = relay.stats()["packets_relayed"]
+    wait_until(lambda: relay.stats()["packets_relayed"] > before + 1000, "traffic flows on")
+
+
 def test_a_lowered_and_raised_mtu_makes_fragments_and_loses_nothing(
     line: Line, host: Host, start_relay: StartRelay, tmp_path: Path
 ) -> None:
@@ -200,10 +205,9 @@ def test_a_lowered_and_raised_mtu_makes_fragments_and_loses_nothing(
         sending.start()
         wait_until(lambda: relay.stats()["packets_relayed"] > 1000, "traffic flows")
         for mtu_bytes in (MTU, 1500):
-            relayed = relay.stats()["packets_relayed"]
             host.ip("link", "set", "right", "mtu", str(mtu_bytes))
             relay.wait_for_log(f"Interface right has an MTU of {mtu_bytes} bytes")
-            wait_until(lambda at=relayed: relay.stats()["packets_relayed"] > at + 1000, "traffic flows on")
+            wait_for_more(relay)
         sending.join()
         assert_perfect(summary(), 6 * COUNT)
     stats = relay.assert_accounted()

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_interfaces_that_swap_their_names_are_read_under_the_new_ones(line: Line
         relay.wait_for_log(f"Interface {name} appeared, up")
     with listener(sink, "239.2.2.1", 6001) as left, listener(sink, "239.2.2.3", 6001) as second:
         for sock, via in ((second, "right"), (left, "second")):
-            wait_until(lambda sock=sock, via=via: through(gen, via, sock), f"what comes from {via} is relayed")
+            wait_until(partial(through, gen, via, sock), f"what comes from {via} is relayed")
         drain(left)
         drain(second)
         assert through(gen, "right", second)
