@@ -482,6 +482,7 @@ class Fleet:
         assert self._orphans is not None
         sockets = self._orphans.take_ring(kept)
         if sockets is None:
+            self._memberships.forget(ring.ifindex)  # created anew while nobody looked, under its old index
             return []
         ring.fanout_id, ring.is_adopted = kept.fanout_id, True
         for worker in self.workers:

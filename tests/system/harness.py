@@ -220,6 +220,25 @@ def send(host: Host, *options: str) -> Any:
     return json.loads(result.stdout)
 
 
+@contextlib.contextmanager
+def sending(host: Host, *options: str) -> Iterator[Callable[[], int]]:
+    """Run send_mcast.py during the block. Gives a function that ends it, once it sends, and tells how many left."""
+    command = [PYTHON, "tools/send_mcast.py", "--quiet", "--json", *options]
+    process = host.popen(command, stdout=subprocess.PIPE, cwd=CHECKOUT)
+
+    def stop() -> int:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0
+        return int(json.loads(out)["datagrams"])
+
+    try:
+        yield stop
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def assert_perfect(summary: Any, datagrams: int) -> None:
     """Nothing lost, altered, doubled or reordered in any flow."""
     wrong = {key: summary[key] for key in ("lost", "duplicated", "reordered", "corrupt", "foreign")}

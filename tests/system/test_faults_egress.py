@@ -3,213 +3,158 @@
 gen ──left── relay ══right, spare══ sink        10.1.0.0/24, 10.2.0.0/24, 10.3.0.0/24
 """
 
-import os
-import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.system.conftest import StartRelay
-from tests.system.harness import Relay, assert_perfect, receiving, send, wait_until
+from tests.system.harness import Relay, assert_perfect, receiving, sending, wait_until
 from tools.netns import Host, Line, connect
 
-PPS = 50_000
-SECONDS = int(os.environ.get("MCR_FAULT_SECONDS", "1"))  # of traffic
-COUNT = PPS * SECONDS
-IN, OTHER_IN = "239.1.1.1:5001", "239.1.1.2:5001"
+PPS = 30_000  # three streams of 10 000
+FELT = 1000  # datagrams
+IN, OTHER_IN, SILENT_IN = "239.1.1.1:5001", "239.1.1.2:5001", "239.1.1.3:5001"
 SICK, BESIDE, OTHER = "239.2.2.1:6001:right", "239.2.2.2:6001:spare", "239.2.2.3:6001:spare"
-UNICAST = "10.2.0.99:6001:right"
+PRESERVED, UNICAST = "239.2.2.4:6001:right", "10.2.0.2:6001:right"
+SILENT, UNROUTED = "10.2.0.99:6001:right", "10.2.0.98:6001:right"
+ENDLESS = 1_000_000  # frames
 MTU = 1000
+DROPS = dict[str, dict[str, int]]  # output → cause → datagrams
 
 
-@pytest.fixture
-def host(line: Line) -> Host:
-    """The relay's host, with a second cable to the sink."""
-    _, relay, sink = line.hosts
-    connect(relay, "spare", "10.3.0.1/24", sink, "spare", "10.3.0.2/24")
-    return relay
-
-
-def tc(host: Host, *arguments: str) -> None:
-    result = host.run(["tc", *arguments], capture_output=True)
+def run(host: Host, *command: str, text: str = "") -> None:
+    result = host.run(command, input=text, capture_output=True)
     assert result.returncode == 0, result.stderr
 
 
-def nft(host: Host, rules: str) -> None:
-    result = host.run(["nft", "-f", "-"], input=rules, capture_output=True)
-    assert result.returncode == 0, result.stderr
+def set_queue(host: Host, rate: str, frames: int, verb: str = "change") -> None:
+    """Let `right` send so fast, and hold so many frames. No super-frame is larger than `burst`: none is cut."""
+    device = ("dev", "right")
+    run(host, "tc", "qdisc", verb, *device, "root", "handle", "1:", "tbf", "rate", rate, "burst", "70kb", "limit", "1mb")
+    run(host, "tc", "qdisc", verb, *device, "parent", "1:1", "handle", "10:", "pfifo", "limit", str(frames))
 
 
-def slow_egress(host: Host) -> None:
-    tc(host, "qdisc", "add", "dev", "right", "root", "tbf", "rate", "1mbit", "burst", "70kb", "limit", "140kb")
+def output_drops(relay: Relay) -> DROPS:
+    rules = relay.stats()["rules"]
+    return {output["output"]: output["drops"] for rule in rules for output in rule["outputs"]}
 
 
-def deep_queue(host: Host) -> None:
-    """It never overflows, so the socket's send buffer does."""
-    tc(host, "qdisc", "add", "dev", "right", "root", "tbf", "rate", "1mbit", "burst", "70kb", "limit", "1000mb")
+def output_packets(relay: Relay) -> dict[str, int]:
+    rules = relay.stats()["rules"]
+    return {output["output"]: output["packets"] for rule in rules for output in rule["outputs"]}
 
 
-def short_queue(host: Host) -> None:
-    """Too slow for the traffic, but soon empty; no super-frame is larger than `burst`, so each leaves or is dropped."""
-    root = ("qdisc", "add", "dev", "right", "root", "handle", "1:", "tbf")
-    tc(host, *root, "rate", "50mbit", "burst", "70kb", "limit", "140kb")
-    tc(host, "qdisc", "add", "dev", "right", "parent", "1:1", "pfifo", "limit", "1")
+def wait_for_drops(relay: Relay, before: DROPS, cause: str, *outputs: str) -> None:
+    def are_felt() -> bool:
+        drops = output_drops(relay)
+        return all(drops[output][cause] >= before[output][cause] + FELT for output in outputs)
+
+    wait_until(are_felt, f"{cause} of {outputs}")
 
 
-def firewall(host: Host) -> None:
-    rule = "ip daddr { 239.2.2.1, 10.2.0.99 } drop"
-    nft(host, f"table ip t {{ chain o {{ type filter hook output priority 0; {rule}; }}\n}}")
+def wait_until_all_send(relay: Relay) -> None:
+    before = output_packets(relay)
+
+    def do_send() -> bool:
+        packets = output_packets(relay)
+        return all(packets[output] >= before[output] + FELT for output in before)
+
+    wait_until(do_send, "every output sends again")
 
 
-PRESERVE = ("--preserve-source",)
-FAULTS: dict[str, tuple[Callable[[Host], None], str, tuple[str, ...], str]] = {
-    "queue full": (slow_egress, SICK, (), "egress_full"),
-    "queue full, source preserved": (slow_egress, SICK, PRESERVE, "egress_full"),
-    "queue of one": (short_queue, SICK, (), "egress_full"),
-    "send buffer full": (deep_queue, SICK, (), "egress_full"),
-    "send buffer full, unicast": (deep_queue, "10.2.0.2:6001:right", (), "egress_full"),
-    "firewall": (firewall, SICK, (), "send_error_errno_1"),
-    "firewall, unicast": (firewall, UNICAST, (), "send_error_errno_1"),
-}
+def assert_only(before: DROPS, after: DROPS, cause: str, *outputs: str) -> None:
+    """Since `before`, these outputs dropped for this cause, and none for another."""
+    grown = {(o, c) for o, drops in after.items() for c in drops if drops[c] > before[o][c]}
+    assert grown == {(output, cause) for output in outputs}
 
 
-def relay_both(line: Line, relay: Relay, folder: Path, sick: str, options: Sequence[str] = ()) -> dict[str, Any]:
-    """Send to a rule with a sick output and a sound one, and to another rule; the sound ones get everything."""
-    gen, _, sink = line.hosts
-    relay.add("sick", IN, sick, BESIDE, options=options)
+def refuse_by_firewall(relay: Relay, host: Host) -> None:
+    rule = "ip daddr { 239.2.2.1, 10.2.0.2 } drop"
+    before = output_drops(relay)
+    run(host, "nft", "-f", "-", text=f"table ip t {{ chain o {{ type filter hook output priority 0; {rule}; }}\n}}")
+    wait_for_drops(relay, before, "send_error", SICK, UNICAST)
+    run(host, "nft", "delete", "table", "ip", "t")
+    wait_until_all_send(relay)
+    assert_only(before, output_drops(relay), "send_error", SICK, UNICAST)
+    drops = relay.stats()["drops"]
+    assert drops["send_error"] == drops["send_error_errno_1"]  # EPERM
+
+
+def fill_queue(relay: Relay, host: Host, rate: str, frames: int) -> None:
+    """Unicast is not told, and goes on."""
+    before = output_drops(relay)
+    set_queue(host, rate, frames)
+    wait_for_drops(relay, before, "egress_full", SICK, PRESERVED)
+    set_queue(host, "10gbit", ENDLESS)
+    wait_until_all_send(relay)
+    assert_only(before, output_drops(relay), "egress_full", SICK, PRESERVED)
+
+
+def fill_send_buffer(relay: Relay, host: Host) -> None:
+    """The queue has room for more than the sockets have."""
+    before = output_drops(relay)
+    set_queue(host, "1mbit", ENDLESS)
+    wait_for_drops(relay, before, "egress_full", SICK, PRESERVED, UNICAST)
+    set_queue(host, "10gbit", ENDLESS)
+    wait_until_all_send(relay)
+    assert_only(before, output_drops(relay), "egress_full", SICK, PRESERVED, UNICAST)
+
+
+def change_mtu(relay: Relay, host: Host) -> None:
+    """What is too large leaves in fragments."""
+    before = output_drops(relay)
+    for mtu_bytes in (MTU, 1500):
+        host.ip("link", "set", "right", "mtu", str(mtu_bytes))
+        relay.wait_for_log(f"Interface right has an MTU of {mtu_bytes} bytes")
+        wait_until_all_send(relay)
+    assert output_drops(relay) == before
+    # What is on its way when the MTU changes is refused, once for each socket.
+    assert relay.text().count("Segmentation refused") <= len(before)
+
+
+def answer_arp(relay: Relay, sink: Host) -> None:
+    """The kernel drops what waits for an answer, and tells nobody: the log names the receiver."""
+    for address in ("10.2.0.98", "10.2.0.99"):
+        relay.wait_for_log(f"No ARP answer from {address} on right")
+        sink.ip("addr", "add", f"{address}/24", "dev", "left")
+        relay.wait_for_log(f"{address} on right is looked for no more, or answers")
+
+
+def test_a_failing_output_is_counted_under_its_cause_harms_no_other_and_recovers(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    """One fault after the other, under traffic without a gap; what is counted as sent has left, in order."""
+    gen, host, sink = line.hosts
+    connect(host, "spare", "10.3.0.1/24", sink, "spare", "10.3.0.2/24")
+    host.ip("route", "add", "unreachable", "10.2.0.98/32")  # looked for on the output's link all the same
+    set_queue(host, "10gbit", ENDLESS, "add")
+    relay = start_relay(host, ("left",), 1, "--ring-mib", "128")  # 2 s of traffic: the machine may be busy
+    relay.add("sick", IN, SICK, UNICAST, BESIDE)
+    relay.add("preserving", IN, PRESERVED, options=("--preserve-source",))
     relay.add("other", OTHER_IN, OTHER)
-    beside = ("--interface", "spare", "--group", "239.2.2.2", "--idle-timeout", "2")
-    other = ("--interface", "spare", "--group", "239.2.2.3", "--idle-timeout", "2")
-    with receiving(sink, folder, *beside) as first, receiving(sink, folder, *other) as second:
-        to = ("--interface", "right", "--rate", str(PPS // 2), "--count", str(COUNT // 2))
-        groups = [("--group", "239.1.1.1"), ("--group", "239.1.1.2")]
-        sending = [threading.Thread(target=send, args=(gen, *to, *group)) for group in groups]
-        for thread in sending:
-            thread.start()
-        for thread in sending:
-            thread.join()
-        assert_perfect(first(), COUNT // 2)
-        assert_perfect(second(), COUNT // 2)
-    stats: dict[str, Any] = relay.assert_accounted()
-    return stats
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_failing_output_is_counted_under_its_cause_and_harms_no_other(
-    line: Line, host: Host, start_relay: StartRelay, tmp_path: Path, fault: str
-) -> None:
-    break_it, output, options, cause = FAULTS[fault]
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
-    break_it(host)
-    stats = relay_both(line, relay, tmp_path, output, options)
-    assert 0 < stats["drops"][cause] <= COUNT // 2
-    (sick,) = [o for rule in stats["rules"] for o in rule["outputs"] if o["output"] == output]
-    assert sum(sick["drops"].values()) == stats["drops"][cause]
-    assert cause == "egress_full" or stats["drops"]["egress_full"] == 0
-    relay.stop()
-
-
-def test_what_is_counted_as_sent_has_left(line: Line, host: Host, start_relay: StartRelay, tmp_path: Path) -> None:
-    """Of a queue that is too slow: the receiver has exactly what the output counts."""
-    gen, _, sink = line.hosts
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
-    short_queue(host)
-    relay.add("r", IN, SICK)
-    with receiving(sink, tmp_path, "--interface", "left", "--group", "239.2.2.1", "--idle-timeout", "2") as summary:
-        send(gen, "--interface", "right", "--rate", str(PPS), "--count", str(COUNT))
-        received = summary()
-    (output,) = relay.assert_accounted()["rules"][0]["outputs"]
-    assert 0 < output["packets"] < COUNT
-    assert received["datagrams"] == output["packets"]
-    assert (received["reordered"], received["duplicated"], received["corrupt"]) == (0, 0, 0)
-    relay.stop()
-
-
-def test_a_full_queue_that_unicast_is_not_told_of_is_told_in_the_log(
-    line: Line, host: Host, start_relay: StartRelay, tmp_path: Path
-) -> None:
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
-    slow_egress(host)
-    relay_both(line, relay, tmp_path, "10.2.0.2:6001:right")
-    relay.wait_for_log("[Warning] [Supervisor] Interface right dropped ")
-    assert "Interface spare dropped" not in relay.stop()
-
-
-def test_an_output_recovers_when_its_fault_is_over(
-    line: Line, host: Host, start_relay: StartRelay, tmp_path: Path
-) -> None:
-    """Under traffic: what is missing is what was counted, and the rest is in order."""
-    gen, _, sink = line.hosts
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
-    relay.add("r", IN, SICK, BESIDE)
+    relay.add("silent", SILENT_IN, SILENT, UNROUTED)
     left = ("--interface", "left", "--group", "239.2.2.1", "--idle-timeout", "2")
-    spare = ("--interface", "spare", "--group", "239.2.2.2", "--idle-timeout", "2")
-    with receiving(sink, tmp_path, *left) as sick, receiving(sink, tmp_path, *spare) as beside:
-        to = ("--interface", "right", "--rate", str(PPS), "--count", str(6 * COUNT))
-        sending = threading.Thread(target=send, args=(gen, *to))
-        sending.start()
-        wait_until(lambda: relay.stats()["packets_relayed"] > 1000, "traffic flows")
-        firewall(host)
-        wait_until(lambda: relay.stats()["drops"].get("send_error_errno_1", 0) > 1000, "the fault is felt")
-        nft(host, "delete table ip t")
-        sending.join()
-        received = sick()
-        assert_perfect(beside(), 6 * COUNT)
-    dropped = relay.assert_accounted()["drops"]["send_error_errno_1"]
-    assert received["lost"] == dropped
-    assert received["datagrams"] == 6 * COUNT - dropped
-    assert received["reordered"] == received["duplicated"] == 0
-    lines = [text for text in relay.stop().splitlines() if "datagrams: send_error" in text]
-    assert 0 < len(lines) <= 6 * SECONDS + 2  # one a second at most
-
-
-@pytest.mark.parametrize("route", ["there", "unreachable"])
-def test_a_receiver_that_answers_no_arp_harms_no_other(
-    line: Line, host: Host, start_relay: StartRelay, tmp_path: Path, route: str
-) -> None:
-    """The kernel drops what waits for an answer, and tells nobody; without a route it looks on the output's link.
-
-    So the log tells it, once, and when there is an answer.
-    """
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
-    if route == "unreachable":
-        host.ip("route", "add", "unreachable", "10.2.0.99/32")
-    relay_both(line, relay, tmp_path, UNICAST)
-    neighbours = str(host.run(["ip", "neigh"], capture_output=True).stdout)
-    assert "10.2.0.99 dev right" in neighbours
-    gen, _, sink = line.hosts
-    to = ("--interface", "right", "--rate", "1000", "--count", str(4000 * SECONDS))
-    send(gen, *to)  # more looks while nobody answers
-    sink.ip("addr", "add", "10.2.0.99/24", "dev", "left")
-    send(gen, *to)
-    relay.wait_for_log("10.2.0.99 on right is looked for no more, or answers")
-    assert relay.stop().count("No ARP answer from 10.2.0.99 on right") == 1
-
-
-def wait_for_more(relay: Relay) -> None:
-    before = relay.stats()["packets_relayed"]
-    wait_until(lambda: relay.stats()["packets_relayed"] > before + 1000, "traffic flows on")
-
-
-def test_a_lowered_and_raised_mtu_makes_fragments_and_loses_nothing(
-    line: Line, host: Host, start_relay: StartRelay, tmp_path: Path
-) -> None:
-    gen, _, sink = line.hosts
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
-    relay.add("r", IN, SICK)
-    with receiving(sink, tmp_path, "--interface", "left", "--group", "239.2.2.1", "--idle-timeout", "2") as summary:
-        to = ("--interface", "right", "--rate", str(PPS), "--count", str(6 * COUNT))
-        sending = threading.Thread(target=send, args=(gen, *to))
-        sending.start()
-        wait_until(lambda: relay.stats()["packets_relayed"] > 1000, "traffic flows")
-        for mtu_bytes in (MTU, 1500):
-            host.ip("link", "set", "right", "mtu", str(mtu_bytes))
-            relay.wait_for_log(f"Interface right has an MTU of {mtu_bytes} bytes")
-            wait_for_more(relay)
-        sending.join()
-        assert_perfect(summary(), 6 * COUNT)
+    spare = ("--interface", "spare", "--group", "239.2.2.2", "--flows", "2", "--flow-by", "group", "--idle-timeout", "2")
+    with receiving(sink, tmp_path, *left) as of_sick, receiving(sink, tmp_path, *spare) as of_sound:
+        flows = ("--flows", "3", "--flow-by", "group")
+        with sending(gen, "--interface", "right", "--rate", str(PPS), "--no-gso", *flows) as stop:
+            wait_until_all_send(relay)
+            refuse_by_firewall(relay, host)
+            fill_queue(relay, host, "10mbit", 1)
+            fill_queue(relay, host, "1mbit", 10)
+            relay.wait_for_log("[Warning] [Supervisor] Interface right dropped ")
+            fill_send_buffer(relay, host)
+            change_mtu(relay, host)
+            answer_arp(relay, sink)
+            sent = stop()
+        sick, sound = of_sick(), of_sound()
     stats = relay.assert_accounted()
-    assert stats["drops"]["egress_full"] == stats["drops"]["send_error"] == 0
-    assert relay.stop().count("Segmentation refused") <= 1  # what was on its way when the MTU changed
+    rules: dict[str, Any] = {rule["rule_id"]: rule for rule in stats["rules"]}
+    outputs = {output["output"]: output for rule in stats["rules"] for output in rule["outputs"]}
+    assert stats["packets_in"] == sum(rules[rule]["packets_matched"] for rule in ("sick", "other", "silent")) == sent
+    assert_perfect(sound, rules["sick"]["packets_matched"] + rules["other"]["packets_matched"])
+    assert sick["datagrams"] == outputs[SICK]["packets"]
+    assert sick["lost"] == sum(outputs[SICK]["drops"].values())
+    assert (sick["reordered"], sick["duplicated"], sick["corrupt"]) == (0, 0, 0)
+    text = relay.stop()
+    assert text.count("No ARP answer from") == 2
+    assert "Interface spare dropped" not in text
