@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,33 +18,14 @@ import pytest
 
 from relay.dataplane.counters import StatsSegment
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, PYTHON, Relay, assert_perfect, receiving, send, wait_until
+from tests.system.harness import BIN, PPS, PYTHON, Relay, receiver, relay_some, relayed_whole, sender, wait_until
 from tools.netns import Host, Line
 
-PPS = 50_000
-COUNT = 100_000
 TURNS = int(os.environ.get("MCR_HANDOVER_TURNS", "2"))  # of what is done again and again
-TURN_COUNT = 100_000  # datagrams while that is done once
-KILLED_COUNT = 200_000
 KILLS = int(os.environ.get("MCR_HANDOVER_KILLS", "2"))  # of a supervisor that changes rules
 IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
 MANY = 1000
 ROOM = ("--ring-mib", "64")  # 0.6 s at PPS: the machine may be busy
-
-
-@contextlib.contextmanager
-def relayed_whole(line: Line, folder: Path, *options: str, count: int = COUNT) -> Iterator[None]:
-    """Traffic while the block runs, and until all of it is sent: it arrives whole, in order, once."""
-    gen, _, sink = line.hosts
-    with receiving(sink, folder, "--interface", "left", "--idle-timeout", "2") as summary:
-        to = ("--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
-        sending = threading.Thread(target=send, args=(gen, *to))
-        sending.start()
-        try:
-            yield
-        finally:
-            sending.join()
-        assert_perfect(summary(), count)
 
 
 def workers(relay: Relay) -> set[int]:
@@ -106,7 +86,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
     relay = start_relay(host, ("left",), count, *ROOM)
     relay.add("r", IN, OUT)
     relay.add("other", "239.1.1.7:5001", "239.2.2.7:6001:right")
-    with relayed_whole(line, tmp_path, "--flows", "16", count=TURNS * TURN_COUNT):
+    with relayed_whole(line, tmp_path, "--flows", "16"):
         for _ in range(TURNS):
             wait_until(lambda: packets_relayed(relay) > 1000, "traffic flows")
             former = workers(relay)
@@ -120,7 +100,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
             assert not former & workers(relay)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r", "other"]
     assert relay.text().count(f"{count} workers replaced") == TURNS
-    assert relay.assert_accounted()["packets_relayed"] <= TURNS * TURN_COUNT
+    relay.assert_accounted()
     assert not joined(host, "239.1.1.9")
     relay.stop()
     assert not joined(host, "239.1.1.1")
@@ -241,8 +221,7 @@ def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, t
     relay.wait_for_log(f"1 rules of {relay.socket.with_suffix('.state')} go on")
     assert not any(is_alive(pid) for pid in former)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
-    with relayed_whole(line, tmp_path, count=1000):
-        pass
+    relay_some(line, tmp_path, 1000)
     relay.stop()
 
 
@@ -254,11 +233,8 @@ def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
     relay = start_relay(host, ("left",), 1, *ROOM)
     relay.add("r", IN, OUT)
     seen = workers(relay)
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "4") as summary:
-        sending = threading.Thread(
-            target=send, args=(gen, "--interface", "right", "--rate", str(PPS), "--count", str(KILLED_COUNT))
-        )
-        sending.start()
+    to = ("--interface", "right", "--rate", str(PPS))
+    with receiver(sink, tmp_path, "--interface", "left") as received, sender(gen, tmp_path, *to) as sent:
         for text in ("segments of a killed supervisor", "Spawning Data Plane worker", "Data plane worker started"):
             kill_supervisor(relay)
             before = relay.text().count(text)
@@ -271,12 +247,11 @@ def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
         wait_until(lambda: relay.ask("list-workers")[0]["state"] == "running", "its worker runs")
         family = {child.pid for child in psutil.Process(relay.pid).children(recursive=True)}
         wait_until(lambda: not any(is_alive(pid) for pid in seen - family), "nothing of the former is left")
-        sending.join()
-        found = summary()
-    print(f"killed in the middle of three take-overs: {found['lost']} of {KILLED_COUNT} lost")
+        count = sent.interrupt()["datagrams"]
+        found = received.drain()
+    print(f"killed in the middle of three take-overs: {found['lost']} of {count} lost")
     assert (found["duplicated"], found["reordered"], found["corrupt"]) == (0, 0, 0)
-    with relayed_whole(line, tmp_path, count=1000):
-        pass
+    relay_some(line, tmp_path, 1000)
     relay.stop()
 
 
