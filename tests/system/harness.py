@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from relay.api import GetStats
+from relay.client import Client
 from tools.environment import CHECKOUT
 from tools.netns import Host, Line
 
@@ -128,8 +130,9 @@ class Relay:
         self.ask("add-rule", "--file", str(file))
 
     def stats(self) -> Any:
-        """What get-stats answers."""
-        return self.ask("get-stats")
+        """What get-stats answers; asked without starting mcrctl, as this is asked again and again."""
+        with Client(self.socket) as client:
+            return client.ask(GetStats()).result
 
     def assert_accounted(self) -> Any:
         """Every datagram that came in left, or is counted under a cause: in equals out plus drops. Returns stats."""
@@ -279,25 +282,6 @@ def send(host: Host, *options: str) -> Any:
     result = host.run(command, stdout=subprocess.PIPE, cwd=CHECKOUT)
     assert result.returncode == 0
     return json.loads(result.stdout)
-
-
-@contextlib.contextmanager
-def sending(host: Host, *options: str) -> Iterator[Callable[[], int]]:
-    """Run send_mcast.py during the block. Gives a function that ends it, once it sends, and tells how many left."""
-    command = [PYTHON, "tools/send_mcast.py", "--quiet", "--json", *options]
-    process = host.popen(command, stdout=subprocess.PIPE, cwd=CHECKOUT)
-
-    def stop() -> int:
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=DEADLINE_S)
-        assert process.returncode == 0
-        return int(json.loads(out)["datagrams"])
-
-    try:
-        yield stop
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def assert_perfect(summary: Any, datagrams: int) -> None:
