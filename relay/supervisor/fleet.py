@@ -454,7 +454,9 @@ class Fleet:
                     self._open_rings(name, ifindex)
                 except RelayError as error:
                     warnings.append(str(error))
-        self._ring_numbers.give_back(kept.number for kept in self._orphaned.values())  # their interfaces are gone
+        for kept in self._orphaned.values():  # their interfaces are gone; another may have the index of one
+            self._memberships.forget(kept.ifindex)
+            self._ring_numbers.give_back([kept.number])
         self._orphaned.clear()
 
     def _open_rings(self, name: str, ifindex: int) -> None:

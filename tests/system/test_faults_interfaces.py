@@ -69,11 +69,13 @@ def steady_traffic(line: Line, folder: Path) -> Iterator[None]:
     """Traffic of the other rule during the block; none is lost or reordered."""
     gen, _, sink = line.hosts
     to = ("--interface", "second", "--group", "239.1.1.2", "--rate", str(PPS))
-    with receiver(sink, folder, "--interface", "spare", "--group", "239.2.2.2") as received:
-        with traffic(gen, folder, *to) as sending:
-            yield
-            count = sending.interrupt()["datagrams"]
-            assert_perfect(received.drain(), count)
+    with (
+        receiver(sink, folder, "--interface", "spare", "--group", "239.2.2.2") as received,
+        traffic(gen, folder, *to) as sending,
+    ):
+        yield
+        count = sending.interrupt()["datagrams"]
+        assert_perfect(received.drain(), count)
 
 
 @contextmanager
