@@ -111,7 +111,7 @@ LACKS = [
     (f"seccomp {NR_IO_URING_SETUP} {errno.ENOMEM}", "io_uring_setup: Cannot allocate memory: raise LimitMEMLOCK="),
     (f"seccomp {NR_IO_URING_REGISTER} {errno.EACCES}", "io_uring_register: Permission denied: a security module"),
     (f"seccomp {NR_IO_URING_ENTER} {errno.EPERM}", "io_uring_enter: Operation not permitted: a seccomp filter"),
-    ("nofile 100", "the limit of open files is 100: 169 are needed, and one for each output: raise LimitNOFILE="),
+    ("nofile 100", "the limit of open files is 100: 170 are needed, and one for each output: raise LimitNOFILE="),
     ("shm 64k", "make room in /dev/shm"),
     ("shm 4m", "make room in /dev/shm"),
     ("shm 8m", "make room in /dev/shm"),

@@ -48,6 +48,20 @@ def relay_answers(relay: Relay) -> bool:
     return any("relay.controlplane" in name and relay.instance in name for name in names)
 
 
+def is_published(relay: Relay) -> bool:
+    """Whether what runs now is what the next supervisor would find."""
+    inventory = relay.socket.with_suffix(".inventory")
+    if not inventory.exists():
+        return False
+    return {worker["pid"] for worker in json.loads(inventory.read_text())["workers"]} == workers(relay)
+
+
+def add_to_lasting(relay: Relay) -> None:
+    """Add a rule when the next supervisor could take over: then workers know that, too."""
+    wait_until(lambda: is_published(relay), "the next one could take over")
+    relay.add("r", IN, OUT)
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that nobody has waited for does not."""
     try:
@@ -84,7 +98,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
 ) -> None:
     host = line.hosts[1]
     relay = start_relay(host, ("left",), count, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     relay.add("other", "239.1.1.7:5001", "239.2.2.7:6001:right")
     with relayed_whole(line, tmp_path, "--flows", "16"):
         for _ in range(TURNS):
@@ -109,7 +123,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_graceful_restart_loses_nothing(line: Line, start_relay: StartRelay, tmp_path: Path, count: int) -> None:
     relay = start_relay(line.hosts[1], ("left",), count, "--exclusive", *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     with relayed_whole(line, tmp_path, "--flows", "16"):
         for _ in range(2):
             former = workers(relay)
@@ -136,7 +150,7 @@ def test_a_restart_of_many_rules_keeps_them_all(line: Line, start_relay: StartRe
 
 def test_super_frames_survive_a_restart(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     with relayed_whole(line, tmp_path, "--burst", "40"):
         assert relay.control("restart").returncode == 0
     relay.stop()
@@ -148,7 +162,7 @@ def test_a_program_that_can_not_start_is_not_restarted_into(
     config = tmp_path / "relay.toml"
     config.write_text("stats_interval_s = 5\n")
     relay = start_relay(line.hosts[1], ("left",), 1, "--config", str(config))
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = workers(relay)
     config.write_text("nonsense = 5\n")
     with relayed_whole(line, tmp_path):
@@ -163,6 +177,7 @@ def test_a_program_that_can_not_start_is_not_restarted_into(
 
 def test_a_client_waits_for_the_next_supervisor(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+    add_to_lasting(relay)
     kill_supervisor(relay)
     command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "ping"]
     with line.hosts[1].popen(command, stdout=-1) as client:
@@ -173,7 +188,8 @@ def test_a_client_waits_for_the_next_supervisor(line: Line, start_relay: StartRe
 
 def test_unicast_inputs_are_held_all_the_time(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", "10.1.0.2:5001", OUT)
+    add_to_lasting(relay)
+    relay.add("unicast", "10.1.0.2:5001", OUT)
     with relayed_whole(line, tmp_path, "--group", "10.1.0.2"):
         kill_supervisor(relay)
         relay.start_again()
@@ -186,7 +202,7 @@ def test_unicast_inputs_are_held_all_the_time(line: Line, start_relay: StartRela
 @pytest.mark.parametrize("options", [("--ring-mib", "8"), ("--num-workers", "2")])
 def test_other_options_end_the_former_workers(line: Line, start_relay: StartRelay, options: tuple[str, ...]) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = workers(relay)
     kill_supervisor(relay)
     relay.start_again(["--interface", "left", *options])
@@ -198,7 +214,7 @@ def test_other_options_end_the_former_workers(line: Line, start_relay: StartRela
 
 def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = workers(relay)
     (template,) = [p for p in psutil.Process(relay.pid).children() if "relay.dataplane.template" in p.cmdline()]
     relay.process.send_signal(signal.SIGSTOP)  # so that it starts no other template
@@ -213,7 +229,7 @@ def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay
 
 def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = {child.pid for child in psutil.Process(relay.pid).children(recursive=True)}
     relay.kill_family()
     relay.start_again()
@@ -231,7 +247,7 @@ def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
     """What is lost is what came while nobody relayed, less what a ring holds; `pytest -s` tells how much."""
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     seen = workers(relay)
     to = ("--interface", "right", "--rate", str(PPS))
     with receiver(sink, tmp_path, "--interface", "left") as received, sender(gen, tmp_path, *to) as sent:
@@ -257,7 +273,7 @@ def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
 
 def test_of_two_that_would_take_over_one_does(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     kill_supervisor(relay)
     served = relay.text().count("Control plane worker started")
     both = [relay.launch(relay.options), relay.launch(relay.options)]
@@ -271,6 +287,7 @@ def test_of_two_that_would_take_over_one_does(line: Line, start_relay: StartRela
 
 def test_descriptors_are_for_the_supervisors_user_alone(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+    add_to_lasting(relay)
     kill_supervisor(relay)
     handover = relay.socket.with_suffix(".handover")
     handover.chmod(0o666)  # even then
@@ -297,7 +314,7 @@ def test_a_state_file_keeps_rules_over_a_stop(line: Line, start_relay: StartRela
     )
     config.write_text(rules.format("configured"))
     relay = start_relay(line.hosts[1], ("left",), 1, "--state", str(state), "--config", str(config))
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     relay.stop()
     assert state.stat().st_mode & 0o777 == 0o600
     assert rule_ids(state) == ["configured", "r"]
@@ -317,7 +334,7 @@ def test_a_damaged_or_half_written_state_is_said_and_stops_nothing(
     assert f"Removed the half-written {state}.unfinished" in relay.text()
     assert f"State file {state} is damaged and was set aside" in relay.text()
     assert (tmp_path / "rules.state.damaged").exists()
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     relay.stop()
     assert rule_ids(state) == ["r"]
 

@@ -3,7 +3,6 @@
 gen ──left── relay ──right── sink        10.1.0.0/24, 10.2.0.0/24
 """
 
-import json
 import os
 import re
 import resource
@@ -27,7 +26,7 @@ from tests.system.harness import (
     send,
     wait_until,
 )
-from tests.system.test_handover import IN, OUT, is_alive, kill_supervisor, workers
+from tests.system.test_handover import IN, OUT, is_alive, is_published, kill_supervisor, workers
 from tools.netns import Line
 
 FLOWS = ("--flows", "16")
@@ -173,12 +172,6 @@ def test_a_stop_while_starting_anew_is_a_stop(line: Line, start_relay: StartRela
         client.kill()
     assert not any(is_alive(pid) for pid in former)
     assert relay.leftovers() == []
-
-
-def is_published(relay: Relay) -> bool:
-    """Whether what runs now is what the next supervisor would find."""
-    kept = json.loads(relay.socket.with_suffix(".inventory").read_text())
-    return {worker["pid"] for worker in kept["workers"]} == workers(relay)
 
 
 def test_as_many_inputs_as_one_likes_are_kept(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
