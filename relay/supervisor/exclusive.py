@@ -68,7 +68,7 @@ class Exclusive:
         self._dropped = wanted
 
     def forget(self) -> None:
-        """An interface went and came back, its chain did not: `apply` makes everything anew."""
+        """An interface went and came back, its chain perhaps not, by the kernel: `apply` makes everything anew."""
         self._dropped = {}
 
     def close(self) -> None:

@@ -468,8 +468,8 @@ class Fleet:
                     self._open_rings(name, ifindex)
                 except RelayError as error:
                     warnings.append(str(error))
-        for kept in self._orphaned.values():  # their interfaces are gone; another may have the index of one
-            self._memberships.forget(kept.ifindex)
+        for kept in self._orphaned.values():
+            self._disown(kept)
             self._ring_numbers.give_back([kept.number])
         self._orphaned.clear()
 
@@ -498,13 +498,19 @@ class Fleet:
         assert self._orphans is not None
         sockets = self._orphans.take_ring(kept)
         if sockets is None:
-            self._memberships.forget(ring.ifindex)  # created anew while nobody looked, under its old index
+            self._disown(kept)  # created anew while nobody looked, under its old index
             return []
         ring.fanout_id, ring.is_adopted = kept.fanout_id, True
         for worker in self.workers:
             if worker.predecessor is None:  # it has died, and its rings went on filling
                 self._go_on_in(worker, ring)
         return sockets
+
+    def _disown(self, kept: KeptRing) -> None:
+        """An interface is gone: what was read and joined there is nothing to one that has its number or its index."""
+        self._memberships.forget(kept.ifindex)
+        for worker in self.workers:
+            worker.forget_place(kept.number)
 
     def _go_on_in(self, worker: Worker, ring: Ring) -> None:
         """Let a worker begin where its predecessor left off."""

@@ -91,7 +91,7 @@ def test_an_interface_that_comes_back_is_exclusive_again(line: Line, relay: Rela
     wait_until(lambda: relay.ask("list-rules")[0]["state"] == "active", "rule is active", DEADLINE_S)
     assert not hears(line, 5001)
     with unnoticed(relay):
-        create_anew(line)  # under its old index; its chain in the table has gone with the old one
+        create_anew(line)  # under its old index; older kernels' chain goes with the old one
     wait_until(lambda: is_joined(host), "joined again")
     wait_until(lambda: not hears(line, 5001), "exclusive again")
     with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:

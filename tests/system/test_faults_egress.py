@@ -3,11 +3,15 @@
 gen ──left── relay ══right, spare══ sink        10.1.0.0/24, 10.2.0.0/24, 10.3.0.0/24
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.system.conftest import StartRelay
-from tests.system.harness import Relay, assert_perfect, receiver, sender, wait_until
+from tests.system.harness import Relay, Tool, assert_perfect, receiver, sender, wait_until
 from tools.netns import Host, Line, connect
 
 PPS = 16_000  # two streams; with more small frames a busy machine overruns the backlog of veth (netdev_max_backlog)
@@ -18,7 +22,7 @@ SICK, BESIDE, OTHER = "239.2.2.1:6001:right", "239.2.2.2:6001:spare", "239.2.2.3
 PRESERVED, UNICAST = "239.2.2.4:6001:right", "10.2.0.2:6001:right"
 SILENT, UNROUTED = "10.2.0.99:6001:right", "10.2.0.98:6001:right"
 ENDLESS = 1_000_000  # frames
-FAST = "1gbit"  # faster, a full queue would overrun it, too
+FAST = "1gbit"
 MTU = 1000
 DROPS = dict[str, dict[str, int]]  # output → cause → datagrams
 
@@ -98,7 +102,7 @@ def fill_send_buffer(relay: Relay, host: Host) -> None:
     before = output_drops(relay)
     set_queue(host, "1mbit", ENDLESS)
     wait_for_drops(relay, before, "egress_full", SICK, PRESERVED, UNICAST)
-    set_queue(host, FAST, ENDLESS)
+    run(host, "tc", "qdisc", "delete", "dev", "right", "root")  # with all that it held
     wait_until_all_send(relay)
     assert_only(before, output_drops(relay), "egress_full", SICK, PRESERVED, UNICAST)
 
@@ -123,47 +127,69 @@ def answer_arp(relay: Relay, sink: Host) -> None:
         relay.wait_for_log(f"{address} on right is looked for no more, or answers")
 
 
-def test_a_failing_output_is_counted_under_its_cause_harms_no_other_and_recovers(
-    line: Line, start_relay: StartRelay, tmp_path: Path
-) -> None:
-    """One fault after the other, under traffic without a gap; what is counted as sent has left, in order."""
-    gen, host, sink = line.hosts
+@contextmanager
+def streams(line: Line, relay: Relay, folder: Path) -> Iterator[Tool]:
+    """Traffic of the two rules during the block; the outputs that nothing fails get all of it. Gives the sender."""
+    gen, _, sink = line.hosts
+    before = relay.stats()
+    spare = ("--interface", "spare", "--group", "239.2.2.2", "--flows", "2", "--flow-by", "group")
+    two = ("--interface", "right", "--rate", str(PPS), "--no-gso", "--flows", "2", "--flow-by", "group")
+    with receiver(sink, folder, *spare) as received, sender(gen, folder, *two) as sending:
+        wait_until_all_send(relay)
+        yield sending
+        sent = sending.interrupt()["datagrams"]
+        summary = received.drain()
+    after = relay.assert_accounted()
+    assert matched(after, "sick", "other") - matched(before, "sick", "other") == sent
+    assert_perfect(summary, sent)
+
+
+def matched(stats: Any, *rule_ids: str) -> int:
+    return sum(rule["packets_matched"] for rule in stats["rules"] if rule["rule_id"] in rule_ids)
+
+
+@pytest.fixture
+def relay(line: Line, start_relay: StartRelay) -> Relay:
+    """Outputs on `right` that will fail, and on `spare` that will not."""
+    _, host, sink = line.hosts
     connect(host, "spare", "10.3.0.1/24", sink, "spare", "10.3.0.2/24")
-    host.ip("route", "add", "unreachable", "10.2.0.98/32")  # looked for on the output's link all the same
-    set_queue(host, FAST, ENDLESS, "add")
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "128")  # 2 s of traffic: the machine may be busy
+    relay = start_relay(host, ("left",), 1, "--ring-mib", "128")  # 4 s of traffic: the machine may be busy
     relay.add("sick", IN, SICK, UNICAST, BESIDE)
     relay.add("preserving", IN, PRESERVED, options=("--preserve-source",))
     relay.add("other", OTHER_IN, OTHER)
     relay.add("silent", SILENT_IN, SILENT, UNROUTED)
+    return relay
+
+
+def test_a_failing_output_is_counted_under_its_cause_harms_no_other_and_recovers(
+    line: Line, relay: Relay, tmp_path: Path
+) -> None:
+    """One fault after the other under traffic. What an output counts as sent has left, in order."""
+    gen, host, sink = line.hosts
     left = ("--interface", "left", "--group", "239.2.2.1")
-    spare = ("--interface", "spare", "--group", "239.2.2.2", "--flows", "2", "--flow-by", "group")
-    two = ("--rate", str(PPS), "--no-gso", "--flows", "2", "--flow-by", "group")
-    few = ("--rate", str(SILENT_PPS), "--group", "239.1.1.3")
-    with (
-        receiver(sink, tmp_path, *left) as at_sick,
-        receiver(sink, tmp_path, *spare) as at_sound,
-        sender(gen, tmp_path, "--interface", "right", *few) as sending_few,
-        sender(gen, tmp_path, "--interface", "right", *two) as sending,
-    ):
-        wait_until_all_send(relay)
-        refuse_by_firewall(relay, host)
-        fill_queue(relay, host, "10mbit", 1)
-        fill_queue(relay, host, "1mbit", 10)
-        relay.wait_for_log("[Warning] [Supervisor] Interface right dropped ")
-        fill_send_buffer(relay, host)
-        change_mtu(relay, host)
+    host.ip("route", "add", "unreachable", "10.2.0.98/32")  # looked for on the output's link all the same
+    set_queue(host, FAST, ENDLESS, "add")
+    with receiver(sink, tmp_path, *left) as received:
+        with streams(line, relay, tmp_path):
+            refuse_by_firewall(relay, host)
+            fill_queue(relay, host, "10mbit", 1)
+            fill_queue(relay, host, "1mbit", 10)
+            relay.wait_for_log("[Warning] [Supervisor] Interface right dropped ")
+        summary = received.drain()
+    assert (summary["reordered"], summary["duplicated"], summary["corrupt"]) == (0, 0, 0)
+    assert summary["datagrams"] == output_packets(relay)[SICK]
+    assert summary["lost"] == sum(output_drops(relay)[SICK].values())
+    with sender(gen, tmp_path, "--interface", "right", "--rate", str(SILENT_PPS), "--group", "239.1.1.3"):
+        with streams(line, relay, tmp_path) as sending:
+            fill_send_buffer(relay, host)
+            with receiver(sink, tmp_path, *left) as received:
+                change_mtu(relay, host)
+                sending.interrupt()
+                summary = received.drain()
+        assert summary["datagrams"] > FELT
+        assert (summary["lost"], summary["reordered"], summary["duplicated"], summary["corrupt"]) == (0, 0, 0, 0)
         answer_arp(relay, sink)
-        sent = sending.interrupt()["datagrams"] + sending_few.interrupt()["datagrams"]
-        sick, sound = at_sick.drain(), at_sound.drain()
-    stats = relay.assert_accounted()
-    rules: dict[str, Any] = {rule["rule_id"]: rule for rule in stats["rules"]}
-    outputs = {output["output"]: output for rule in stats["rules"] for output in rule["outputs"]}
-    assert stats["packets_in"] == sum(rules[rule]["packets_matched"] for rule in ("sick", "other", "silent")) == sent
-    assert_perfect(sound, rules["sick"]["packets_matched"] + rules["other"]["packets_matched"])
-    assert sick["datagrams"] == outputs[SICK]["packets"]
-    assert sick["lost"] == sum(outputs[SICK]["drops"].values())
-    assert (sick["reordered"], sick["duplicated"], sick["corrupt"]) == (0, 0, 0)
+    relay.assert_accounted()
     text = relay.stop()
     assert text.count("No ARP answer from") == 2
     assert "Interface spare dropped" not in text
