@@ -186,6 +186,7 @@ ROUTE_OUTPUT: Final = np.dtype([("output", "<u4")])
 OUTPUT_CONNECTED: Final = 1
 OUTPUT_PRESERVE_SOURCE: Final = 2
 OUTPUT_TTL_DECREMENT: Final = 4
+OUTPUT_WAITING: Final = 8  # has no socket: its interface is away, down or without an address
 OUTPUT: Final = np.dtype(
     [
         ("addr", "<u4"),  # network byte order, as sockaddr_in has it

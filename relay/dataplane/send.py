@@ -23,6 +23,7 @@ from relay.dataplane.layout import (
     OUTPUT_CONNECTED,
     OUTPUT_PRESERVE_SOURCE,
     OUTPUT_TTL_DECREMENT,
+    OUTPUT_WAITING,
     SEND_SLOT,
     UDP_SEGMENTS_MAX,
     DropCause,
@@ -63,6 +64,7 @@ GSO_REFUSED = 2
 
 EAGAIN = errno.EAGAIN
 ENOBUFS = errno.ENOBUFS
+ENETDOWN = errno.ENETDOWN
 EINTR = errno.EINTR
 EINVAL = errno.EINVAL
 EIO = errno.EIO
@@ -284,12 +286,15 @@ def complete_all(m: Any, t: Any) -> None:
 
 @compiled
 def send_batch(m: Any, t: Any, output_index: int, batch_index: int) -> None:
-    """Queue a closed batch for one output."""
+    """Queue a closed batch for one output. What has no socket fails as on an interface that is down."""
     batch = batch_at(m.batches, batch_index)
     output = output_at(t.outputs, output_index)
     if output.flags & OUTPUT_TTL_DECREMENT and batch.ttl <= 1:
         output_stats_at(m.output_stats, output_index).drops_ttl += batch.datagrams
         count_drops(m, DROP_TTL, batch.datagrams)
+        return
+    if output.flags & OUTPUT_WAITING:
+        count_failed(m, output_index, batch.datagrams, ENETDOWN)
         return
     if m.queued == SQ_ENTRIES:
         complete_all(m, t)

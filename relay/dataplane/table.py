@@ -45,6 +45,7 @@ class TableOutput:
     gso_segment_bytes_max: int
     connected: bool
     ttl_decrement: bool
+    waiting: bool = False  # has no socket
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
             flags = layout.OUTPUT_CONNECTED if output.connected else 0
             flags |= layout.OUTPUT_PRESERVE_SOURCE if rule.preserve_source else 0
             flags |= layout.OUTPUT_TTL_DECREMENT if output.ttl_decrement else 0
+            flags |= layout.OUTPUT_WAITING if output.waiting else 0
             outputs[output.slot] = (
                 _swap32(output.address),
                 _swap16(output.port),

@@ -98,9 +98,9 @@ def _set_up(egress: socket.socket, key: EgressKey) -> None:
         egress.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, mreqn)
         egress.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
         egress.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, key.ttl or TTL_MULTICAST_DEFAULT)
+        # What a full queue drops is told, to be counted. Not for unicast, where an ICMP error would fail a later send.
+        egress.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
     elif key.ttl is not None:
         egress.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, key.ttl)
     if key.is_connected:
-        # What a full queue drops is told, to be counted. Not for unicast, where an ICMP error would fail a later send.
-        egress.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
         egress.connect((key.group, key.port))

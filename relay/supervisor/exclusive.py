@@ -67,6 +67,10 @@ class Exclusive:
             self._run(self._everything(wanted))
         self._dropped = wanted
 
+    def forget(self) -> None:
+        """An interface went and came back, its chain perhaps not, by the kernel: `apply` makes everything anew."""
+        self._dropped = {}
+
     def close(self) -> None:
         """Close the netlink socket, upon which the kernel removes the table."""
         if self._context is not None:

@@ -34,6 +34,7 @@ from relay.supervisor.ingress import (
     Fanout,
     attach_filter,
     count_filled,
+    is_bound,
     open_ring,
     take_ring_drops,
 )
@@ -231,6 +232,7 @@ class Fleet:
         self._socket_numbers = Numbers(layout.OUTPUTS_MAX)
         self._egress: dict[EgressKey, tuple[int, socket.socket]] = {}
         self._memberships = Memberships()
+        self._refusals: set[str] = set()  # of the kernel, by the last `begin`
         if orphans is not None:
             kept = orphans.inventory
             self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
@@ -267,15 +269,15 @@ class Fleet:
         """Go over to `rules`; return warnings. `finish` follows when `is_confirmed`.
 
         Raises RelayError when the kernel refuses a socket and `strict`; nothing has changed then. Otherwise
-        the output waits and the refusal is a warning.
+        the output waits and the refusal is a warning, once as long as it stands.
         """
         plan = make_plan(rules, interfaces, self.default_interfaces)
         self._check_room(plan)
-        warnings: list[str] = []
-        opened = self._open_egress(plan, strict, warnings)
+        refusals: list[str] = []
+        opened = self._open_egress(plan, strict, refusals)
         self._egress |= opened
         self._retire(plan)
-        self._replace_rings(plan, warnings)
+        self._replace_rings(plan, refusals)
         self.generation += 1
         self.plan = plan
         self._table = compile_table(self._table_rules(plan), self._own_sources(), self.generation)
@@ -283,9 +285,15 @@ class Fleet:
             if worker.running:
                 self._hand_sockets(worker, dict(opened.values()))
                 self._hand_table(worker)
-        warnings += self._memberships.update(plan.listens)
+        refusals += self._memberships.update(plan.listens)
         self.revision += 1
-        return warnings
+        former, self._refusals = self._refusals, set(refusals)
+        return refusals if strict else [refusal for refusal in refusals if refusal not in former]
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether the kernel refused something that the rules need: `begin` tries it again."""
+        return bool(self._refusals)
 
     def waiting(self, rule_ids: Collection[str]) -> list[str]:
         """A warning for each of these rules that can't work yet."""
@@ -318,6 +326,10 @@ class Fleet:
         self._output_numbers.give_back(retired.output_slots)
         return self._keep_from_host(self.plan)
 
+    def egress_keys(self) -> Collection[EgressKey]:
+        """What the open egress sockets are for."""
+        return self._egress.keys()
+
     def _check_room(self, plan: Plan) -> None:
         """Raises RuleError when the numbers in use until `finish` leave too few for what is new."""
         rule_ids = {planned.rule.rule_id for planned in plan.rules}
@@ -333,6 +345,7 @@ class Fleet:
 
     def _open_egress(self, plan: Plan, strict: bool, warnings: list[str]) -> dict[EgressKey, tuple[int, socket.socket]]:
         opened: dict[EgressKey, tuple[int, socket.socket]] = {}
+        refused: dict[EgressKey, str] = {}
         missing = plan.egress_keys() - set(self._egress)
         room_left = room.left() - self._memberships.sockets_wanted(plan.listens) if missing else 0
         for key in missing:
@@ -343,14 +356,18 @@ class Fleet:
                         f"and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
                     )
                 sock = open_egress(key)
-                opened[key] = (self._socket_numbers.take(), sock)
             except RelayError as error:
                 if strict:
                     self._socket_numbers.give_back(number for number, _ in opened.values())
                     for _, sock in opened.values():
                         sock.close()
                     raise
-                warnings.append(str(error))
+                refused[key] = str(error)
+            else:
+                opened[key] = (self._socket_numbers.take(), sock)
+        if refused:
+            plan.refuse(refused)
+            warnings += refused.values()
         return opened
 
     def _retire(self, plan: Plan) -> None:
@@ -381,18 +398,17 @@ class Fleet:
         rule = planned.rule
         outputs = []
         for planned_output in planned.outputs:
-            if planned_output.key is None or planned_output.key not in self._egress:
-                continue
             output, key = planned_output.output, planned_output.key
             outputs.append(
                 TableOutput(
                     slot=self.output_slots[rule.rule_id, output],
                     address=address_number(output.group),
                     port=output.port,
-                    socket=self._egress[key][0],
-                    gso_segment_bytes_max=key.gso_segment_bytes_max,
-                    connected=key.is_connected,
+                    socket=0 if key is None else self._egress[key][0],
+                    gso_segment_bytes_max=0 if key is None else key.gso_segment_bytes_max,
+                    connected=key is not None and key.is_connected,
                     ttl_decrement=output.ttl == "decrement",
+                    waiting=key is None,
                 )
             )
         return TableRule(
@@ -419,10 +435,26 @@ class Fleet:
 
     # --- rings ------------------------------------------------------------------------------------
 
+    def created_anew(self) -> set[str]:
+        """Interfaces that are not those that their rings were opened on, though name and index may be the same.
+
+        So it is after a visit to another network namespace, or when a tool asks for the index.
+        """
+        return {
+            name
+            for name, ring in self._rings.items()
+            if not all(is_bound(worker.rings[ring.number]) for worker in self.workers if not worker.is_excluded)
+        }
+
     def _replace_rings(self, plan: Plan, warnings: list[str]) -> None:
         """Open rings on interfaces that came, close those of interfaces that went."""
-        for name in [n for n, ring in self._rings.items() if plan.rings.get(n) != ring.ifindex]:
+        created_anew = self.created_anew()
+        for name in [n for n, ring in self._rings.items() if plan.rings.get(n) != ring.ifindex or n in created_anew]:
             ring = self._rings.pop(name)
+            if name in created_anew:
+                self._memberships.forget(ring.ifindex)
+                if self._exclusive is not None:
+                    self._exclusive.forget()
             for worker in self.workers:
                 if worker.running:
                     worker.send(RemoveRing(ring.number))
@@ -436,7 +468,9 @@ class Fleet:
                     self._open_rings(name, ifindex)
                 except RelayError as error:
                     warnings.append(str(error))
-        self._ring_numbers.give_back(kept.number for kept in self._orphaned.values())  # their interfaces are gone
+        for kept in self._orphaned.values():
+            self._disown(kept)
+            self._ring_numbers.give_back([kept.number])
         self._orphaned.clear()
 
     def _open_rings(self, name: str, ifindex: int) -> None:
@@ -464,12 +498,19 @@ class Fleet:
         assert self._orphans is not None
         sockets = self._orphans.take_ring(kept)
         if sockets is None:
+            self._disown(kept)  # created anew while nobody looked, under its old index
             return []
         ring.fanout_id, ring.is_adopted = kept.fanout_id, True
         for worker in self.workers:
             if worker.predecessor is None:  # it has died, and its rings went on filling
                 self._go_on_in(worker, ring)
         return sockets
+
+    def _disown(self, kept: KeptRing) -> None:
+        """An interface is gone: what was read and joined there is nothing to one that has its number or its index."""
+        self._memberships.forget(kept.ifindex)
+        for worker in self.workers:
+            worker.forget_place(kept.number)
 
     def _go_on_in(self, worker: Worker, ring: Ring) -> None:
         """Let a worker begin where its predecessor left off."""

@@ -86,6 +86,13 @@ def open_ring(interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | No
     return ring, struct.unpack("@I", value)[0] & 0xFFFF
 
 
+def is_bound(ring: socket.socket) -> bool:
+    """Whether the ring's interface is the one that it was opened on. The kernel unbinds a ring whose interface goes,
+    and never binds it to one that comes back, whatever its name and index.
+    """
+    return bool(ring.getsockname()[0])
+
+
 def count_filled(ring: socket.socket, ring_bytes: int) -> int:
     """The frames in a ring that nobody has read. Raises OSError."""
     with mmap.mmap(ring.fileno(), ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:

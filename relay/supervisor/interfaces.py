@@ -20,6 +20,7 @@ class Interface(msgspec.Struct, frozen=True):
     name: str
     index: int
     is_up: bool
+    has_carrier: bool
     mtu_bytes: int
     addresses: tuple[str, ...]  # IPv4, the primary one first
 
@@ -45,22 +46,47 @@ def snapshot() -> dict[str, Interface]:
             name=name,
             index=index,
             is_up=state.isup or "up" in state.flags.split(","),
+            has_carrier=state.isup,
             mtu_bytes=state.mtu,
             addresses=tuple(a.address for a in addresses.get(name, ()) if a.family == socket.AF_INET),
         )
     return interfaces
 
 
-def differences(former: Mapping[str, Interface], present: Mapping[str, Interface]) -> Iterator[str]:
-    """A line for each interface that came, went, or changed between up and down."""
+def differences(
+    former: Mapping[str, Interface], present: Mapping[str, Interface], without_carrier: set[str]
+) -> Iterator[str]:
+    """A line for each interface that came or went, and for each change of one: up, carrier, addresses, MTU.
+
+    `without_carrier` is the caller's, and kept here: whose loss was told. After coming up a carrier takes a moment.
+    """
     for name in sorted({*former, *present}):
         before, after = former.get(name), present.get(name)
+        if before is None or after is None or before.index != after.index:
+            without_carrier.discard(name)
         if after is None:
             yield f"Interface {name} is gone"
         elif before is None or before.index != after.index:
             yield f"Interface {name} appeared, {'up' if after.is_up else 'down'}"
-        elif before.is_up != after.is_up:
-            yield f"Interface {name} is {'up' if after.is_up else 'down'}"
+        else:
+            yield from _changes(before, after, without_carrier)
+
+
+def _changes(before: Interface, after: Interface, without_carrier: set[str]) -> Iterator[str]:
+    name = after.name
+    if before.is_up != after.is_up:
+        without_carrier.discard(name)
+        yield f"Interface {name} is {'up' if after.is_up else 'down'}"
+    elif after.is_up and before.has_carrier and not after.has_carrier:
+        without_carrier.add(name)
+        yield f"Interface {name} has no carrier"
+    elif after.has_carrier and name in without_carrier:
+        without_carrier.discard(name)
+        yield f"Interface {name} has a carrier again"
+    if before.addresses != after.addresses:
+        yield f"Interface {name} has {', '.join(after.addresses) or 'no IPv4 address'}"
+    if before.mtu_bytes != after.mtu_bytes:
+        yield f"Interface {name} has an MTU of {after.mtu_bytes} bytes"
 
 
 class InterfaceMonitor:

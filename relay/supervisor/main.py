@@ -46,6 +46,7 @@ from relay.privileges import keep_for_supervising, resolve_trusted_group
 from relay.rules import Rule, check_cycles, describe, validate
 from relay.supervisor import interfaces, levels, segments
 from relay.supervisor.changes import Change, Changes
+from relay.supervisor.egress_watch import EgressWatch
 from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.handover import Handover
@@ -63,6 +64,7 @@ from relay.supervisor.state import State, state_file
 from relay.supervisor.timers import Timers
 
 TICK_S = 1.0
+RETRY_S_MAX = 64.0  # between attempts at what the kernel refused; the first comes after a second
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
 CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
 RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
@@ -92,6 +94,9 @@ class Supervisor:
         self._rules: dict[str, Rule] = {}
         self._carried_out: deque[str] = deque(maxlen=CARRIED_OUT_MAX)
         self._interfaces = interfaces.snapshot()
+        self._without_carrier: set[str] = set()
+        self._egress_watch = EgressWatch()
+        self._retry_s, self._retry_at_s = TICK_S, 0.0
         self._stopping = False
         self._failed = False
         self._restarting = False
@@ -345,10 +350,18 @@ class Supervisor:
     def _on_interfaces(self) -> None:
         self._monitor.discard()
         former, self._interfaces = self._interfaces, interfaces.snapshot()
-        if former == self._interfaces:
+        anew = sorted(self._fleet.created_anew() & self._interfaces.keys())
+        if former == self._interfaces and not anew:
             return
-        for line in interfaces.differences(former, self._interfaces):
+        for line in interfaces.differences(former, self._interfaces, self._without_carrier):
             self._log.notice(line)
+        for name in anew:
+            if name in former and former[name].index == self._interfaces[name].index:
+                self._log.notice(f"Interface {name} was created anew")
+        self._follow_interfaces()
+
+    def _follow_interfaces(self) -> None:
+        """Go over to what the rules need of the interfaces as they are now."""
 
         def refuse(error: str) -> None:
             self._log.error(f"Interfaces changed: {error}")
@@ -368,7 +381,19 @@ class Supervisor:
             self._log.warning(
                 f"Ring of {interface} full: {drops} datagrams lost on core {core}", core=core, iface=interface
             )
+        for line in self._egress_watch.look(self._fleet.generation, self._fleet.egress_keys()):
+            self._log.warning(line)
+        self._retry_what_was_refused()
         self._sampler.tick()
+
+    def _retry_what_was_refused(self) -> None:
+        """Sockets, rings and joins: what stood in the way may be gone, and not every such thing is announced."""
+        if not self._fleet.is_incomplete:
+            self._retry_s, self._retry_at_s = TICK_S, 0.0
+        elif time.monotonic() >= self._retry_at_s and not self._changes.is_full:
+            self._retry_at_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
+            self._follow_interfaces()
 
     def _report_again(self) -> None:
         self._timers.after(self._options.stats_interval_s, self._report_again)

@@ -100,6 +100,11 @@ class Memberships:
             self._held.pop(listen).close()
         return warnings
 
+    def forget(self, ifindex: int) -> None:
+        """Leave what was joined on an interface that went: `update` joins again on one with the same index."""
+        for listen in [listen for listen in self._joined if listen.ifindex == ifindex]:
+            self._leave(listen)
+
     def _join(self, listen: Listen) -> None:
         """Join with the newest socket or, when that one is full, with another."""
         option, request = _membership_option(listen, join=True)

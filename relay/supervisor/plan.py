@@ -4,7 +4,7 @@ The supervisor compares a plan with what is open and changes only the difference
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from relay.dataplane.layout import RINGS_MAX
 from relay.errors import RuleError
@@ -48,9 +48,22 @@ class Plan:
     listens: set[Listen] = field(default_factory=set)
     admitted: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # by interface name
 
+    def refuse(self, refused: Mapping[EgressKey, str]) -> None:
+        """Let the outputs wait whose socket the kernel refused, with its reason."""
+        self.rules = [
+            replace(rule, outputs=tuple(_refuse_output(output, refused) for output in rule.outputs))
+            for rule in self.rules
+        ]
+
     def egress_keys(self) -> set[EgressKey]:
         """The egress sockets that must be open."""
         return {output.key for rule in self.rules for output in rule.outputs if output.key is not None}
+
+
+def _refuse_output(output: PlannedOutput, refused: Mapping[EgressKey, str]) -> PlannedOutput:
+    if output.key is None or output.key not in refused:
+        return output
+    return replace(output, key=None, fault=refused[output.key])
 
 
 def _plan_output(rule: Rule, output: Output, interfaces: Mapping[str, Interface]) -> PlannedOutput:

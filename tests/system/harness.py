@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from relay.api import GetStats
+from relay.client import Client
 from tools.environment import CHECKOUT
 from tools.netns import Host, Line
 
@@ -128,8 +130,9 @@ class Relay:
         self.ask("add-rule", "--file", str(file))
 
     def stats(self) -> Any:
-        """What get-stats answers."""
-        return self.ask("get-stats")
+        """What get-stats answers; asked without starting mcrctl, as this is asked again and again."""
+        with Client(self.socket) as client:
+            return client.ask(GetStats()).result
 
     def assert_accounted(self) -> Any:
         """Every datagram that came in left, or is counted under a cause: in equals out plus drops. Returns stats."""

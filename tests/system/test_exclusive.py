@@ -14,6 +14,7 @@ from relay.rules import address_number
 from relay.supervisor.exclusive import Exclusive
 from tests.system.conftest import StartRelay
 from tests.system.harness import BIN, DEADLINE_S, Relay, assert_perfect, receiving, send, wait_until
+from tests.system.test_faults_interfaces import create_anew, is_joined, unnoticed
 from tests.system.test_rules import listener, sender
 from tools.netns import Host, Line, connect
 
@@ -89,6 +90,10 @@ def test_an_interface_that_comes_back_is_exclusive_again(line: Line, relay: Rela
     connect(gen, "right", "10.1.0.1/24", host, "left", "10.1.0.2/24")
     wait_until(lambda: relay.ask("list-rules")[0]["state"] == "active", "rule is active", DEADLINE_S)
     assert not hears(line, 5001)
+    with unnoticed(relay):
+        create_anew(line)  # under its old index; older kernels' chain goes with the old one
+    wait_until(lambda: is_joined(host), "joined again")
+    wait_until(lambda: not hears(line, 5001), "exclusive again")
     with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
         send(gen, "--interface", "right", "--rate", "20000", "--count", "20000")
         assert_perfect(summary(), 20_000)

@@ -204,3 +204,22 @@ def test_the_only_worker_keeps_its_traffic(fleet: Fleet) -> None:
     (worker,) = fleet.workers
     assert fleet.exclude(worker) is None
     assert worker.rings
+
+
+def test_a_refused_output_waits_says_why_once_and_comes_back(fleet: Fleet) -> None:
+    """The address went between the look at the interfaces and the bind."""
+    (true,) = (interface for interface in snapshot().values() if interface.name == "lo")
+    gone = {"lo": msgspec.structs.replace(true, addresses=("192.0.2.1",))}
+    why = "output 239.2.2.2:6001 on lo: Cannot assign requested address"
+    numbers_left = fleet._socket_numbers.left()
+    assert fleet.begin([RULE], gone, strict=False) == [why]
+    fleet.finish()
+    assert fleet.plan.rules[0].state == f"waiting: {why}"
+    assert fleet.is_incomplete
+    assert fleet.begin([RULE], gone, strict=False) == []
+    fleet.finish()
+    assert fleet.begin([RULE], {"lo": true}, strict=False) == []
+    fleet.finish()
+    assert fleet.plan.rules[0].state == "active"
+    assert not fleet.is_incomplete
+    assert fleet._socket_numbers.left() == numbers_left
