@@ -13,8 +13,10 @@ import msgspec
 
 from relay import api
 from relay.cli import show
+from relay.cli.config import config
 from relay.client import Client
-from relay.config import LOG_LEVELS, parse, socket_path
+from relay.config import LOG_LEVELS, socket_path
+from relay.configfile import read
 from relay.errors import RelayError, RuleError, UnreachableError
 from relay.rules import Output, Rule, parse_output, parse_ttl
 from relay.version import VERSION
@@ -50,6 +52,9 @@ def json_option(command: Callable[..., None]) -> Callable[..., None]:
 def main(context: click.Context, socket: str | None, instance: str | None) -> None:
     """Talk to a running relay."""
     context.obj = socket_path(socket, instance)
+
+
+main.add_command(config)
 
 
 def _ask(request: api.Request, as_json: bool) -> api.Answer:
@@ -115,10 +120,7 @@ def add_rule(
 ) -> None:
     """Add a rule, or several from a file."""
     if file is not None:
-        try:
-            _, rules = parse(file.read_text(), str(file))
-        except OSError as error:
-            raise RuleError(f"{file}: {error.strerror}: give a readable file") from error
+        _, rules = read(file)
     else:
         if input_group is None or input_port is None:
             raise RuleError("--input-group and --input-port are needed, or --file")
