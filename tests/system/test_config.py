@@ -4,25 +4,32 @@ gen ──left── relay ──right── sink        10.1.0.0/24, 10.2.0.0/2
 """
 
 import json
+import os
+import pty
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
+from jsonschema import Draft202012Validator
 
 from relay.cli.config import change_to, find_differences, running_rules, started_with
+from relay.cli.mcrctl import main
 from relay.client import Client
 from relay.configfile import examine
 from relay.errors import ControlError
 from relay.rules import Rule
 from relay.saving import written
+from relay.schema import ANSWERS, of_answer
 from tests.relay.test_differences import RULE_SETS
 from tests.system.conftest import StartRelay
-from tests.system.harness import DEADLINE_S, PYTHON, SERVES, Relay, assert_perfect, receiving, send, wait_until
+from tests.system.harness import BIN, DEADLINE_S, PYTHON, SERVES, Relay, assert_perfect, receiving, send, wait_until
 from tools.environment import CHECKOUT
 from tools.netns import Host, Line
 
@@ -63,6 +70,21 @@ def before_and_after() -> tuple[str, str]:
     return kept + "".join((*before, *removed)) + BACK, kept + "".join((*added, *after)) + BACK
 
 
+def control(relay: Relay, *arguments: str) -> Result:
+    """Run mcrctl within this process, which takes a tenth of the time."""
+    return CliRunner().invoke(main, ["--socket", str(relay.socket), *arguments])
+
+
+def ask(relay: Relay, *arguments: str) -> Any:
+    result = control(relay, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def relayed(relay: Relay) -> int:
+    return int(ask(relay, "get-stats")["packets_relayed"])
+
+
 @contextmanager
 def streaming(host: Host, *options: str) -> Iterator[Callable[[], int]]:
     """Send as long as the block lasts; what is given tells how many datagrams that were."""
@@ -91,8 +113,8 @@ def test_a_file_is_applied_under_traffic_and_what_it_leaves_alone_notices_nothin
     file = tmp_path / "relay.toml"
     before, after = before_and_after()
     file.write_text(before)
-    relay.ask("config", "apply", "--yes", str(file))
-    assert len(relay.ask("list-rules")) == 50
+    ask(relay, "config", "apply", "--yes", str(file))
+    assert len(ask(relay, "list-rules")) == 50
     forward_to = (*of_flows("239.2.1.1", 25), "--port", "6001", "--interface", "left")
     back_to = (*of_flows("239.4.1.1", 15), "--port", "6001", "--interface", "right")
     forward_from = (*of_flows("239.1.1.1", 25), "--interface", "right")
@@ -103,21 +125,21 @@ def test_a_file_is_applied_under_traffic_and_what_it_leaves_alone_notices_nothin
         receiving(gen, tmp_path, *back_to, *silence) as came_back,
     ):
         with streaming(gen, *forward_from) as forward_sent, streaming(sink, *back_from) as back_sent:
-            wait_until(lambda: relay.stats()["packets_relayed"] > 1000, "streams flow")
-            listed = relay.ask("list-rules")
+            wait_until(lambda: relayed(relay) > 1000, "streams flow")
+            listed = ask(relay, "list-rules")
             refuse_bad_files(relay, file, after)
-            assert relay.ask("list-rules") == listed
+            assert ask(relay, "list-rules") == listed
             file.write_text(after)
             applied = relay.ask("config", "apply", "--yes", str(file))
-            relayed = relay.stats()["packets_relayed"]
-            wait_until(lambda: relay.stats()["packets_relayed"] > relayed + 1000, "streams flow on")
+            before_more = relayed(relay)
+            wait_until(lambda: relayed(relay) > before_more + 1000, "streams flow on")
         assert_perfect(forwarded(), forward_sent())
         assert_perfect(came_back(), back_sent())
     differences = applied["differences"]
     assert [len(differences[what]) for what in ("added", "removed", "changed")] == [10, 10, 10]
     assert {len(change["fields"]) for change in differences["changed"]} == {2}  # an output came, another went
-    assert relay.control("config", "diff", str(file)).returncode == 0
-    assert sum(relay.stats()["drops"].values()) == 0
+    assert control(relay, "config", "diff", str(file)).exit_code == 0
+    assert sum(ask(relay, "get-stats")["drops"].values()) == 0
     relay.stop()
 
 
@@ -129,8 +151,8 @@ def refuse_bad_files(relay: Relay, file: Path, good: str) -> None:
         ('input_port = 1\noutputs = ["239.7.1.1:1:right"]', "--dry-run", "equals its input on the same interface"),
     ):
         file.write_text(f'{good}\n[[rules]]\nrule_id = "bad"\ninput_group = "239.7.1.1"\n{wrong}\n')
-        result = relay.control("config", "apply", option, str(file))
-        assert (result.returncode, message in result.stderr) == (1, True), result.stderr
+        result = control(relay, "config", "apply", option, str(file))
+        assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
 
 
 SIX_LINES = """\
@@ -147,9 +169,9 @@ def test_ten_thousand_rules_of_six_lines_are_applied_and_match(line: Line, relay
     gen, _, sink = line.hosts
     file = tmp_path / "relay.toml"
     file.write_text(SIX_LINES)
-    relay.ask("config", "apply", "--yes", str(file))
-    assert relay.control("config", "diff", str(file)).stdout == "the rules are the same\n"
-    assert relay.ask("config", "save", str(file)) == {"file": str(file), "rules": 10_000, "is_changed": False}
+    ask(relay, "config", "apply", "--yes", str(file))
+    assert control(relay, "config", "diff", str(file)).stdout == "the rules are the same\n"
+    assert ask(relay, "config", "save", str(file)) == {"file": str(file), "rules": 10_000, "is_changed": False}
     to = ("--group", "239.2.0.99", "--port", "6099", "--interface", "left", "--idle-timeout", "1")
     with receiving(sink, tmp_path, *to) as summary:
         send(gen, "--interface", "right", "--group", "239.1.0.99", "--port", "5099", "--rate", "2000", "--count", "500")
@@ -193,7 +215,7 @@ outputs = ["{1}:6001:right"]
 
 
 def ids(relay: Relay) -> list[str]:
-    return sorted(rule["rule_id"] for rule in relay.ask("list-rules"))
+    return sorted(rule["rule_id"] for rule in ask(relay, "list-rules"))
 
 
 def replace_control_plane(relay: Relay) -> None:
@@ -205,6 +227,18 @@ def replace_control_plane(relay: Relay) -> None:
     wait_until(lambda: relay.text().count(SERVES) > served, "the next control plane serves")
 
 
+def apply_and_answer(relay: Relay, file: Path, answer: str) -> int:
+    """Apply a file at a terminal where somebody answers; return the exit code."""
+    terminal, its_end = pty.openpty()
+    try:
+        os.write(terminal, f"{answer}\n".encode())
+        command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "config", "apply", str(file)]
+        return relay.host.run(command, stdin=its_end, capture_output=True).returncode
+    finally:
+        os.close(terminal)
+        os.close(its_end)
+
+
 def test_the_file_that_the_relay_reads_and_what_is_made_of_it(
     line: Line, start_relay: StartRelay, tmp_path: Path
 ) -> None:
@@ -214,12 +248,12 @@ def test_the_file_that_the_relay_reads_and_what_is_made_of_it(
     )
     relay = start_relay(line.hosts[1], ("left",), 1, "--config", str(file))
     wait_until(lambda: ids(relay) == ["a", "b"], "rules of the file")
-    assert relay.control("config", "diff", str(file)).returncode == 0  # --ring-mib goes before the file's
+    assert control(relay, "config", "diff", str(file)).exit_code == 0  # --ring-mib goes before the file's
     relay.add("extra", "239.1.1.2:5001", "239.2.2.3:6001:right")
 
     file.write_text('idle = "spin"\nring_mib = 9\n' + RULE.format("a", "239.2.2.9"))
-    differences = relay.control("config", "diff", str(file))
-    assert differences.returncode == 1
+    differences = control(relay, "config", "diff", str(file))
+    assert differences.exit_code == 1
     assert differences.stdout.splitlines() == [
         "- rule b: 239.1.1.1:5001 -> 239.2.2.2:6001:right",
         "- rule extra: 239.1.1.2:5001 -> 239.2.2.3:6001:right",
@@ -229,11 +263,12 @@ def test_the_file_that_the_relay_reads_and_what_is_made_of_it(
         '! idle: "adaptive" -> "spin", after a restart',
         "rules: 0 added, 2 removed, 1 changed; options that take effect at a restart: 1",
     ]
-    assert relay.ask("config", "apply", "--dry-run", str(file))["applied"] is False
-    refused = relay.control("config", "apply", str(file))
-    assert (refused.returncode, refused.stderr.startswith("mcrctl: nobody can be asked here: give --yes")) == (1, True)
+    assert ask(relay, "config", "apply", "--dry-run", str(file))["applied"] is False
+    refused = control(relay, "config", "apply", str(file))
+    assert (refused.exit_code, refused.stderr.startswith("mcrctl: nobody can be asked here: give --yes")) == (1, True)
+    assert apply_and_answer(relay, file, "n") == 1
     assert ids(relay) == ["a", "b", "extra"]
-    relay.ask("config", "apply", "--yes", str(file))
+    assert apply_and_answer(relay, file, "y") == 0
     assert ids(relay) == ["a"]
 
     replace_control_plane(relay)
@@ -243,8 +278,8 @@ def test_the_file_that_the_relay_reads_and_what_is_made_of_it(
     wait_until(lambda: ids(relay) == ["c"], "the applied rule went, as it is in the file no more")
 
     other.write_text(RULE.format("d", "239.2.2.1"))
-    noted = relay.control("config", "apply", "--yes", str(other))
-    assert (noted.returncode, ids(relay)) == (0, ["d"])
+    noted = control(relay, "config", "apply", "--yes", str(other))
+    assert (noted.exit_code, ids(relay)) == (0, ["d"])
     assert f"the relay reads {file} at SIGHUP and at a restart, not {other}" in noted.stderr
     replace_control_plane(relay)
     assert ids(relay) == ["d"]
@@ -261,3 +296,39 @@ def test_a_change_made_for_other_rules_is_refused_and_others_converge(relay: Rel
             client.ask(change)
     assert ids(relay) == ["meanwhile"]
     converge_at_random(relay)
+
+
+def strictly(schema: Any) -> Any:
+    """The schema, but that no object has keys which it does not name: here it is to name them all."""
+    if isinstance(schema, list):
+        return [strictly(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return {**closed, **{key: strictly(part) for key, part in schema.items()}}
+
+
+def test_answers_of_every_command_are_as_their_schema_says(relay: Relay, tmp_path: Path) -> None:
+    file = tmp_path / "relay.toml"
+    file.write_text('idle = "spin"\n' + RULE.format("tv", "239.2.2.9") + RULE.format("new", "239.2.2.1"))
+    rule = ("--input-group", "239.1.1.1", "--input-port", "5001", "--output")
+    ask(relay, "add-rule", "--rule-id", "gone", *rule, "239.2.2.3:6001:right:decrement")
+    commands = {
+        "add-rule": ("--rule-id", "tv", *rule, "239.2.2.2:6001:right", "--dscp", "34"),
+        "list-rules": (),
+        "get-stats": (),
+        "list-workers": (),
+        "ping": (),
+        "log-level get": (),
+        "log-level set": ("info",),
+        "config check": (str(file),),
+        "config diff": (str(file),),
+        "config apply": (str(file), "--yes"),
+        "config save": (str(file),),
+        "remove-rule": ("tv",),
+    }
+    assert set(commands) == set(ANSWERS)
+    for command, arguments in commands.items():
+        result = control(relay, *command.split(), "--json", *arguments)
+        assert result.exit_code == (1 if command == "config diff" else 0), result.stderr
+        Draft202012Validator(strictly(of_answer(command))).validate(json.loads(result.stdout))
