@@ -14,7 +14,7 @@ from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
 from relay.differences import Differences, FieldChange, compare, compare_options
 from relay.errors import ConfigError, ExitCode, RelayError
-from relay.rules import Rule, chain_warnings, describe, fingerprint
+from relay.rules import Rule, chain_warnings, fingerprint, output_name
 
 DIFF_FAILED = 2  # as of diff(1): 0 the same, 1 different, 2 trouble
 
@@ -136,8 +136,8 @@ def find_differences(running: tuple[Rule, ...], started: api.StartedWith, examin
 
 
 def _lines(differences: Differences) -> Iterator[str]:
-    yield from (f"- rule {rule.rule_id}: {describe(rule)}" for rule in differences.removed)
-    yield from (f"+ rule {rule.rule_id}: {describe(rule)}" for rule in differences.added)
+    yield from (f"- rule {rule.rule_id}: {_whole(rule)}" for rule in differences.removed)
+    yield from (f"+ rule {rule.rule_id}: {_whole(rule)}" for rule in differences.added)
     for rule in differences.changed:
         yield f"~ rule {rule.rule_id}"
         yield from (f"    {_field_line(change)}" for change in rule.fields)
@@ -145,11 +145,23 @@ def _lines(differences: Differences) -> Iterator[str]:
         yield f"! {setting.name}: {_word(setting.running)} -> {_word(setting.file)}, after a restart"
 
 
+def _whole(rule: Rule) -> str:
+    """All that a rule says, in a line."""
+    interface = f" on {rule.input_interface}" if rule.input_interface else ""
+    source = f" from {rule.source}" if rule.source else ""
+    outputs = ", ".join(output_name(output) + _extras(msgspec.to_builtins(output)) for output in rule.outputs)
+    preserving = ", source preserved" if rule.preserve_source else ""
+    return f"{rule.input_group}:{rule.input_port}{interface}{source} -> {outputs}{preserving}"
+
+
+def _extras(output: dict[str, Any]) -> str:
+    return "".join(f" {name} {output[name]}" for name in ("ttl", "dscp") if output[name] is not None)
+
+
 def _field_line(change: FieldChange) -> str:
     if change.field.startswith("outputs[") and change.field.endswith("]"):
         side, output = ("-", change.running) if change.file is None else ("+", change.file)
-        extra = "".join(f" {name} {output[name]}" for name in ("ttl", "dscp") if output[name] is not None)
-        return f"{side} output {change.field[len('outputs[') : -1]}{extra}"
+        return f"{side} output {change.field[len('outputs[') : -1]}{_extras(output)}"
     return f"{change.field}: {_word(change.running)} -> {_word(change.file)}"
 
 
