@@ -36,6 +36,26 @@ class RemoveRules(msgspec.Struct, tag="remove-rules", forbid_unknown_fields=True
     change_id: ChangeId | None = None
 
 
+class ChangeRules(msgspec.Struct, tag="change-rules", forbid_unknown_fields=True):
+    """Remove some rules and add others at once, all or nothing: a rule of `add` that exists is replaced.
+
+    `based_on`, the fingerprint (relay/rules.py) of the rules that this was made for, has it refused when they have
+    changed since. `is_configuration`: the rules are those of the configuration file then, as after SIGHUP.
+    `check_only` says what would be refused, and changes nothing. `change_id` as for AddRules.
+    """
+
+    add: Annotated[tuple[Rule, ...], Meta(max_length=RULES_MAX)] = ()
+    remove: Annotated[tuple[Text, ...], Meta(max_length=RULES_MAX)] = ()
+    based_on: Annotated[str, Meta(max_length=64)] | None = None
+    is_configuration: bool = False
+    check_only: bool = False
+    change_id: ChangeId | None = None
+
+
+class GetOptions(msgspec.Struct, tag="get-options", forbid_unknown_fields=True):
+    """What the relay was started with."""
+
+
 class ListRules(msgspec.Struct, tag="list-rules", forbid_unknown_fields=True):
     """The active rules."""
 
@@ -64,7 +84,8 @@ class LogLevel(msgspec.Struct, tag="log-level", forbid_unknown_fields=True):
     core: Annotated[int, Meta(ge=0, le=1023)] | None = None
 
 
-Request = AddRules | RemoveRules | ListRules | GetStats | ListWorkers | Ping | LogLevel | Restart
+Change = AddRules | RemoveRules | ChangeRules
+Request = Change | GetOptions | ListRules | GetStats | ListWorkers | Ping | LogLevel | Restart
 
 
 class Answer(msgspec.Struct):
@@ -74,3 +95,51 @@ class Answer(msgspec.Struct):
     result: Any = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
+
+
+# --- results ------------------------------------------------------------------------------------------
+# Of GetStats and ListWorkers: Stats and WorkerStats of relay/messages.py. Fields that come later have defaults, so that
+# a client reads the answers of a relay that does not know them.
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """Of Ping."""
+
+    version: str
+
+
+class Added(msgspec.Struct, frozen=True):
+    """Of AddRules: the ids in the order of the request; those of rules that were active already; what to know."""
+
+    rule_ids: tuple[str, ...]
+    unchanged: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """Of RemoveRules."""
+
+    rule_ids: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class ActiveRule(Rule, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """One of ListRules: "active", or "waiting: <why>"."""
+
+    state: str
+
+
+class Changed(msgspec.Struct, frozen=True):
+    """Of ChangeRules: ids."""
+
+    added: tuple[str, ...]
+    replaced: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class StartedWith(msgspec.Struct, frozen=True):
+    """Of GetOptions: options in effect, the names of those from the command line, and the configuration file."""
+
+    options: dict[str, Any]
+    command_line: tuple[str, ...] = ()
+    file: str | None = None

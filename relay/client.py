@@ -15,13 +15,13 @@ from typing import Self
 
 import msgspec
 
-from relay.api import AddRules, Answer, GetStats, ListRules, ListWorkers, LogLevel, Ping, RemoveRules, Request
+from relay.api import Answer, Change, GetOptions, GetStats, ListRules, ListWorkers, LogLevel, Ping, Request
 from relay.errors import ControlError, UnreachableError
 
 TIMEOUT_S = 30.0  # ten thousand rules are installed in a fraction of it
 RETRY_S = 0.02
 TIMEVAL = struct.Struct("@ll")  # struct timeval
-REPEATED = AddRules | RemoveRules | ListRules | GetStats | ListWorkers | LogLevel | Ping  # a level set twice is set
+REPEATED = Change | GetOptions | ListRules | GetStats | ListWorkers | LogLevel | Ping  # a level set twice is set
 
 
 class BrokenError(Exception):
@@ -59,7 +59,7 @@ class Client:
 
         When the connection breaks it is opened again and the request repeated, until the timeout.
         """
-        if isinstance(request, AddRules | RemoveRules) and request.change_id is None:
+        if isinstance(request, Change) and request.change_id is None:
             request = msgspec.structs.replace(request, change_id=os.urandom(16).hex())
         line = msgspec.json.encode(request) + b"\n"
         deadline_s = time.monotonic() + self._timeout_s
@@ -95,7 +95,7 @@ class Client:
         return received
 
     def _lost(self, request: Request, reason: str) -> str:
-        if isinstance(request, AddRules | RemoveRules):
+        if isinstance(request, Change):
             return f"{self._path}: {reason} before it answered: `mcrctl list-rules` tells whether it made the change"
         return f"{self._path}: {reason} before it answered"
 

@@ -1,20 +1,21 @@
-"""The configuration: typed options from a TOML file and the command line. Pure but for reading the file.
+"""The configuration: the typed definition of a file, and options of it and the command line together. Pure.
 
-Every error names the file, the line, the key and what is allowed.
+Files are read in relay/configfile.py; docs/configuration.md is made of what stands here and in relay/ranges.py.
 """
 
 import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from logging_shm.sinks.selection import Selection, SinkError
 from logging_shm.sinks.url import Described
-from relay.errors import ConfigError, RuleError
-from relay.rules import Output, Rule, named, parse_output, validate
+from relay.conversion import faults
+from relay.errors import ConfigError
+from relay.ranges import ConfiguredRule
+from relay.rules import KeyPath, Rule, named, validate
 
 INSTANCE = r"[A-Za-z0-9][A-Za-z0-9-]{0,23}"
 RESERVED_INSTANCES = ("control", "dp", "supervisor", "controlplane")
@@ -29,47 +30,74 @@ FanoutMode = Literal["hash", "cpu", "qm"]
 IdleMode = Literal["adaptive", "sleep", "spin"]
 
 
+HINTS: dict[KeyPath, str] = {
+    ("socket_mode",): '; give octal digits such as "0660"',
+    ("instance",): "; give 1 to 24 letters, digits and hyphens",
+}
+
+
+def _about(text: str) -> Meta:
+    return Meta(description=text)
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What mcrd can be told. The file has the same keys."""
+    """What mcrd can be told. The file has the same keys; the command line goes before the file."""
 
-    interfaces: tuple[str, ...] = ()
-    num_workers: Annotated[int, Meta(ge=1, le=WORKERS_MAX)] | None = None  # None: one for each of `cores`, else 1
-    cores: str | None = None  # "2,4-7"; None: those that the process may use
-    user: str | None = None
-    group: str | None = None
-    instance: Annotated[str, Meta(pattern=f"^{INSTANCE}$")] | None = None
-    socket: str | None = None
-    state: str | None = None  # a file that keeps rules added at run time over restarts; None: until a clean stop
-    socket_mode: Annotated[str, Meta(pattern=r"\A0?[0-7]{3}\Z")] | None = None  # None: 0660 with a group, else 0666
-    socket_group: str | None = None  # owns the control socket, and its members may change things
-    fanout: FanoutMode = "hash"
-    exclusive: bool = False  # relayed datagrams stay away from the host's own stack
-    ring_mib: Annotated[int, Meta(ge=1, le=RING_MIB_MAX)] = 16
-    idle: IdleMode = "adaptive"
-    log_level: Level = "info"
-    log_format: Literal["text", "json"] = "text"
-    log_timestamps: bool = False
-    log_fields: bool = False  # core, pid, tid, sequence number and pairs behind each line of text
-    log_to: tuple[str, ...] = ()  # URLs of sinks; none: stdout
-    stats_interval_s: Annotated[int, Meta(ge=0)] = 10  # 0: no stats lines
+    interfaces: Annotated[tuple[str, ...], _about("Interfaces to receive from: at least one, or --interface.")] = ()
+    num_workers: Annotated[
+        Annotated[int, Meta(ge=1, le=WORKERS_MAX)] | None,
+        _about("Worker processes, each on a core of its own. None: one for each of `cores`, else 1."),
+    ] = None
+    cores: Annotated[
+        str | None, _about('Cores of the workers, such as `"2,4-7"`. None: the first that the process may use.')
+    ] = None
+    user: Annotated[
+        str | None, _about("Whom control plane and workers run as. None: the caller of sudo, else `nobody`.")
+    ] = None
+    group: Annotated[str | None, _about("Their group. None: the user's.")] = None
+    instance: Annotated[
+        Annotated[str, Meta(pattern=f"^{INSTANCE}$")] | None,
+        _about("Name of this relay, to run several on a host: 1 to 24 letters, digits and hyphens."),
+    ] = None
+    socket: Annotated[
+        str | None, _about("Control socket. None: `/run/mcr/control.sock`, or `/run/mcr/INSTANCE.sock`.")
+    ] = None
+    state: Annotated[
+        str | None,
+        _about("A file that keeps rules added at run time over restarts. None: they are kept until a clean stop."),
+    ] = None
+    socket_mode: Annotated[
+        Annotated[str, Meta(pattern=r"\A0?[0-7]{3}\Z")] | None,
+        _about('Who may connect, in octal digits. None: `"0660"` with a `socket_group`, else `"0666"`.'),
+    ] = None
+    socket_group: Annotated[
+        str | None, _about("Owns the control socket, and its members may change things. None: no group may.")
+    ] = None
+    fanout: Annotated[FanoutMode, _about("How workers share traffic; `hash` keeps each flow in order.")] = "hash"
+    exclusive: Annotated[bool, _about("Relayed datagrams stay away from the host's own stack.")] = False
+    ring_mib: Annotated[
+        int, Meta(ge=1, le=RING_MIB_MAX, description="Packet ring for each worker and interface, in MiB.")
+    ] = 16
+    idle: Annotated[IdleMode, _about("How workers wait for datagrams.")] = "adaptive"
+    log_level: Annotated[Level, _about("Least severity that is logged.")] = "info"
+    log_format: Annotated[Literal["text", "json"], _about("How lines on stdout are written.")] = "text"
+    log_timestamps: Annotated[bool, _about("Time before each line.")] = False
+    log_fields: Annotated[bool, _about("Core, pid, tid, sequence number and pairs behind each line of text.")] = False
+    log_to: Annotated[tuple[str, ...], _about("URLs of sinks, see logging.md. None given: stdout.")] = ()
+    stats_interval_s: Annotated[int, Meta(ge=0, description="Seconds between stats lines in the log; 0: none.")] = 10
 
 
-class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A rule as the file has it: outputs also as `group:port:interface[:ttl]`."""
+class Configuration(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole file: the options, and the rules."""
 
-    rule_id: str = ""
-    input_group: str
-    input_port: int
-    outputs: tuple[Output | str, ...]
-    input_interface: str | None = None
-    source: str | None = None
-    preserve_source: bool = False
+    rules: Annotated[tuple[ConfiguredRule, ...], _about("The rules, as `[[rules]]` tables: see Rules.")] = ()
 
-    def to_rule(self) -> Rule:
-        """The rule, checked and named. Raises RuleError."""
-        outputs = tuple(parse_output(o) if isinstance(o, str) else o for o in self.outputs)
-        fields = {name: getattr(self, name) for name in self.__struct_fields__}
-        return named(validate_unnamed(Rule(**{**fields, "outputs": outputs})))
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where options came from: the file, if there was one, and the names of those from the command line."""
+
+    file: str | None = None
+    command_line: tuple[str, ...] = ()
 
 
 def validate_unnamed(rule: Rule) -> Rule:
@@ -94,110 +122,27 @@ def parse_cores(text: str) -> tuple[int, ...]:
     return tuple(cores)
 
 
-def _key_lines(text: str) -> dict[tuple[str, int, str], int]:
-    """The line of every key by table, index of that table and key; a table itself has the key ""."""
-    lines: dict[tuple[str, int, str], int] = {}
-    table, counts = "", {"": 0}
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\[?\s*([\w-]+)\s*\]\]?", line)
-        key = re.match(r"\s*\"?([\w-]+)\"?\s*=", line)
-        if header:
-            table = header[1]
-            counts[table] = counts.get(table, -1) + 1
-            lines[table, counts[table], ""] = number
-        elif key:
-            lines.setdefault((table, counts[table], key[1]), number)
-    return lines
+def check_instance(name: str) -> None:
+    """Raises ConfigError for a name that the relay's own files have."""
+    if name in RESERVED_INSTANCES:
+        raise ConfigError(f"instance {name!r} is a reserved name: choose another")
 
 
-def line_of(text: str, path: str) -> int | None:
-    """The line of a TOML text where the key of a msgspec error path such as `$.rules[1].ttl` stands."""
-    lines = _key_lines(text)
-    match = re.match(r"\$\.(\w+)(?:\[(\d+)\])?(?:\.(\w+))?", path)
-    if match is None:
-        return None
-    name, index, key = match[1], int(match[2] or 0), match[3] or ""
-    return lines.get((name, index, key)) or lines.get((name, index, "")) or lines.get(("", 0, name))
-
-
-def _allowed(path: str) -> str:
-    """The values that an option allows, when they are a list of words."""
-    annotation = Options.__annotations__.get(path.removeprefix("$."))
-    words = get_args(annotation) if get_origin(annotation) is Literal else ()
-    if path == "$.socket_mode":
-        return '; give octal digits such as "0660"'
-    return f"; allowed are {', '.join(words)}" if words else ""
-
-
-def _explain(error: msgspec.ValidationError, text: str, where: str) -> ConfigError:
-    message, _, path = str(error).partition(" - at `")
-    path = path.rstrip("`") or "$"
-    unknown = re.search(r"unknown field `([^`]+)`", message)
-    if unknown:
-        of_rule = path.startswith("$.rules")
-        known = ConfiguredRule.__struct_fields__ if of_rule else (*Options.__struct_fields__, "rules")
-        path = f"{path}.{unknown[1]}"
-        message = f"unknown key; allowed are {', '.join(known)}"
-    line = line_of(text, path)
-    at = f"{where}:{line}" if line else where
-    return ConfigError(f"{at}: {path.removeprefix('$.')}: {message}{_allowed(path)}")
-
-
-def read(path: Path) -> tuple[dict[str, Any], tuple[Rule, ...]]:
-    """The options that a file sets, by name, and its rules. Raises ConfigError."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}: give a readable file with --config") from None
-    return parse(text, str(path))
-
-
-def parse(text: str, where: str) -> tuple[dict[str, Any], tuple[Rule, ...]]:
-    """As `read`, of a text; `where` names it in errors."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    given = {key: value for key, value in document.items() if key != "rules"}
-    try:
-        options = msgspec.convert(given, Options)
-    except msgspec.ValidationError as error:
-        raise _explain(error, text, where) from None
-    rules = _rules(document.get("rules", []), text, where)
-    return {key: getattr(options, key) for key in given}, rules
-
-
-def _rules(tables: Any, text: str, where: str) -> tuple[Rule, ...]:
-    try:
-        configured = msgspec.convert({"rules": tables}, dict[str, tuple[ConfiguredRule, ...]])["rules"]
-    except msgspec.ValidationError as error:
-        # The path of a value in a dict reads `$[...]`.
-        explained = msgspec.ValidationError(str(error).replace("$[...]", "$.rules"))
-        raise _explain(explained, text, where) from None
-    rules: dict[str, Rule] = {}
-    for index, rule in enumerate(configured):
-        try:
-            checked = rule.to_rule()
-            if checked.rule_id in rules:
-                raise RuleError(f"rule id {checked.rule_id} is given twice")
-        except RuleError as error:
-            line = line_of(text, f"$.rules[{index}]")
-            raise ConfigError(f"{where}:{line}: rules[{index}]: {error}") from None
-        rules[checked.rule_id] = checked
-    return tuple(rules.values())
+def given(command_line: dict[str, Any]) -> dict[str, Any]:
+    """Those options that the command line really has."""
+    return {key: value for key, value in command_line.items() if value not in (None, ())}
 
 
 def merge(file_options: dict[str, Any], command_line: dict[str, Any]) -> Options:
     """Options from both, the command line's before the file's. Raises ConfigError."""
-    given = {key: value for key, value in command_line.items() if value not in (None, ())}
-    try:
-        options = msgspec.convert({**file_options, **given}, Options)
-    except msgspec.ValidationError as error:
-        raise _explain(error, "", "command line") from None
+    together = {**file_options, **given(command_line)}
+    for path, message in faults(together, Options):
+        raise ConfigError(f"command line: {path[0]}: {message}{HINTS.get(path, '')}")
+    options = msgspec.convert(together, Options)
     if not options.interfaces:
         raise ConfigError("no interface: give --interface, or `interfaces` in the configuration")
-    if options.instance in RESERVED_INSTANCES:
-        raise ConfigError(f"instance {options.instance!r} is a reserved name: choose another")
+    if options.instance is not None:
+        check_instance(options.instance)
     sinks(options)
     return options
 

@@ -5,7 +5,7 @@ supervisor, so what they send it has bounds here, which the decoder checks; whet
 it is used (link.py, nursery.py), and rules are validated again (main.py).
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -43,6 +43,10 @@ class GetStats(msgspec.Struct, tag=True):
 
 
 class ListWorkers(msgspec.Struct, tag=True):
+    request_id: Number
+
+
+class GetOptions(msgspec.Struct, tag=True):
     request_id: Number
 
 
@@ -118,6 +122,15 @@ class Workers(msgspec.Struct, tag=True):
     workers: list[WorkerStats]
 
 
+class StartedWith(msgspec.Struct, tag=True):
+    """Supervisor → control plane: the options in effect, those of the command line by name, the configuration file."""
+
+    request_id: int
+    options: dict[str, Any]
+    command_line: tuple[str, ...]
+    file: str | None
+
+
 class Levels(msgspec.Struct, tag=True):
     request_id: int
     levels: dict[str, str]  # facility → severity name
@@ -159,8 +172,8 @@ class Configure(msgspec.Struct, tag=True):
     rules: tuple[Rule, ...] = ()
 
 
-ToSupervisor = Ready | ApplyRules | GetStats | ListWorkers | LogLevel | Restart
-ToControlPlane = Stats | Workers | Levels | Done | Refused | Restore | Configure
+ToSupervisor = Ready | ApplyRules | GetOptions | GetStats | ListWorkers | LogLevel | Restart
+ToControlPlane = Stats | StartedWith | Workers | Levels | Done | Refused | Restore | Configure
 
 
 # --- supervisor ↔ template: SOCK_SEQPACKET, relay/descriptors.py ------------------------------------

@@ -9,7 +9,7 @@ import ipaddress
 import re
 import socket
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Literal
 
@@ -94,16 +94,24 @@ def parse_ttl(text: str) -> int | Literal["decrement"]:
     return int(text)
 
 
-def parse_output(text: str, dscp: int | None = None) -> Output:
-    """Read `group:port:interface[:ttl]`. Raises RuleError."""
+Ttl = int | Literal["decrement"] | None
+
+
+def split_output(text: str) -> tuple[str, str, str, Ttl]:
+    """Group, port, interface and TTL of `group:port:interface[:ttl]`. Raises RuleError."""
     parts = text.split(":")
     if len(parts) not in (3, 4) or not all(parts):
         hint = "; IPv6 is not supported yet" if text.startswith("[") or text.count(":") > 4 else ""
         raise RuleError(f"output {text!r}: expected GROUP:PORT:INTERFACE[:TTL]{hint}")
-    if not parts[1].isdecimal():
-        raise RuleError(f"output {text!r}: port {parts[1]!r} is not a number from 1 to {PORT_MAX}")
-    ttl = parse_ttl(parts[3]) if len(parts) == 4 else None
-    return Output(parts[0], int(parts[1]), parts[2], ttl, dscp)
+    return parts[0], parts[1], parts[2], parse_ttl(parts[3]) if len(parts) == 4 else None
+
+
+def parse_output(text: str, dscp: int | None = None) -> Output:
+    """Read `group:port:interface[:ttl]`. Raises RuleError."""
+    group, port, interface, ttl = split_output(text)
+    if not port.isdecimal():
+        raise RuleError(f"output {text!r}: port {port!r} is not a number from 1 to {PORT_MAX}")
+    return Output(group, int(port), interface, ttl, dscp)
 
 
 def _check_address(what: str, text: str) -> ipaddress.IPv4Address:
@@ -128,42 +136,77 @@ def _check_interface(what: str, name: str) -> None:
         raise RuleError(f"{what} {name!r}: give an interface's name, up to 15 characters without space, / or :")
 
 
-def _check_output(output: Output) -> None:
-    _check_interface("output interface", output.interface)
-    _check_address("output group", output.group)
-    _check_port("output port", output.port)
-    if isinstance(output.ttl, int) and not 1 <= output.ttl <= TTL_MAX:
-        raise RuleError(f"ttl {output.ttl}: give a number from 1 to {TTL_MAX}, or 'decrement'")
-    if output.dscp is not None and not 0 <= output.dscp <= DSCP_MAX:
-        raise RuleError(f"dscp {output.dscp}: give a number from 0 to {DSCP_MAX}")
+def _check_ttl(ttl: Ttl) -> None:
+    if isinstance(ttl, int) and not 1 <= ttl <= TTL_MAX:
+        raise RuleError(f"ttl {ttl}: give a number from 1 to {TTL_MAX}, or 'decrement'")
 
 
-def validate(rule: Rule) -> Rule:
-    """Check one rule by itself and return it with addresses in their usual form.
+def _check_dscp(dscp: int | None) -> None:
+    if dscp is not None and not 0 <= dscp <= DSCP_MAX:
+        raise RuleError(f"dscp {dscp}: give a number from 0 to {DSCP_MAX}")
 
-    Raises RuleError that names the field and what is allowed.
-    """
-    if not RULE_ID.fullmatch(rule.rule_id) or len(rule.rule_id) > RULE_ID_CHARS_MAX:
+
+def _check_id(rule_id: str) -> None:
+    if not RULE_ID.fullmatch(rule_id) or len(rule_id) > RULE_ID_CHARS_MAX:
         raise RuleError(
-            f"rule id {rule.rule_id!r}: up to {RULE_ID_CHARS_MAX} letters, digits and . _ : @ -, "
+            f"rule id {rule_id!r}: up to {RULE_ID_CHARS_MAX} letters, digits and . _ : @ -, "
             "beginning with a letter or digit"
         )
-    _check_address("input group", rule.input_group)
-    _check_port("input port", rule.input_port)
-    if rule.input_interface is not None:
-        _check_interface("input interface", rule.input_interface)
-    if rule.source is not None and _check_address("source", rule.source).is_multicast:
-        raise RuleError(f"source {rule.source} is a multicast group: give a sender's unicast address")
+
+
+def _check_source(source: str) -> None:
+    if _check_address("source", source).is_multicast:
+        raise RuleError(f"source {source} is a multicast group: give a sender's unicast address")
+
+
+def _check_outputs(rule: Rule) -> None:
     if not 1 <= len(rule.outputs) <= OUTPUTS_OF_A_RULE_MAX:
         raise RuleError(f"rule {rule.rule_id}: {len(rule.outputs)} outputs; give from 1 to {OUTPUTS_OF_A_RULE_MAX}")
-    for output in rule.outputs:
-        _check_output(output)
     places: set[str] = set()
     for place in map(output_name, rule.outputs):
         if place in places:
             raise RuleError(f"rule {rule.rule_id}: output {place} is given twice: remove one")
         places.add(place)
+
+
+KeyPath = tuple[str | int, ...]  # of a value in a rule, such as ("outputs", 2, "port")
+Check = tuple[KeyPath, Callable[..., object], tuple[object, ...]]  # where, what raises RuleError, its arguments
+
+
+def _checks(rule: Rule) -> Iterator[Check]:
+    yield ("rule_id",), _check_id, (rule.rule_id,)
+    yield ("input_group",), _check_address, ("input group", rule.input_group)
+    yield ("input_port",), _check_port, ("input port", rule.input_port)
+    if rule.input_interface is not None:
+        yield ("input_interface",), _check_interface, ("input interface", rule.input_interface)
+    if rule.source is not None:
+        yield ("source",), _check_source, (rule.source,)
+    for index, output in enumerate(rule.outputs):
+        yield ("outputs", index, "interface"), _check_interface, ("output interface", output.interface)
+        yield ("outputs", index, "group"), _check_address, ("output group", output.group)
+        yield ("outputs", index, "port"), _check_port, ("output port", output.port)
+        yield ("outputs", index, "ttl"), _check_ttl, (output.ttl,)
+        yield ("outputs", index, "dscp"), _check_dscp, (output.dscp,)
+    yield ("outputs",), _check_outputs, (rule,)
+
+
+def validate(rule: Rule) -> Rule:
+    """Check one rule by itself and return it.
+
+    Raises RuleError that names the field and what is allowed.
+    """
+    for _, check, arguments in _checks(rule):
+        check(*arguments)
     return rule
+
+
+def faults(rule: Rule) -> Iterator[tuple[KeyPath, str]]:
+    """All that `validate` could refuse in a rule, not the first alone: where, and why."""
+    for path, check, arguments in _checks(rule):
+        try:
+            check(*arguments)
+        except RuleError as error:
+            yield path, str(error)
 
 
 def check_room(rules: Iterable[Rule]) -> None:
@@ -287,6 +330,12 @@ def chain_warnings(added: Sequence[Rule], rules: Mapping[str, Rule], interfaces:
         if sender in ids or follower in ids
     )
     return list(islice(warnings, WARNINGS_MAX))
+
+
+def fingerprint(rules: Iterable[Rule]) -> str:
+    """A hash of a set of rules, whatever their order."""
+    content = msgspec.json.encode(sorted(rules, key=lambda rule: rule.rule_id))
+    return hashlib.sha256(content).hexdigest()
 
 
 def named(rule: Rule) -> Rule:

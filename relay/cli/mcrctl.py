@@ -13,10 +13,14 @@ import msgspec
 
 from relay import api
 from relay.cli import show
+from relay.cli.config import config
+from relay.cli.schema import schema
 from relay.client import Client
-from relay.config import LOG_LEVELS, parse, socket_path
+from relay.config import LOG_LEVELS, socket_path
+from relay.configfile import read
 from relay.errors import RelayError, RuleError, UnreachableError
-from relay.rules import Output, Rule, parse_output, parse_ttl
+from relay.ranges import ConfiguredOutput, ConfiguredRule, expand
+from relay.rules import parse_ttl, split_output
 from relay.version import VERSION
 
 RESTART_S_MAX = 30.0
@@ -52,6 +56,10 @@ def main(context: click.Context, socket: str | None, instance: str | None) -> No
     context.obj = socket_path(socket, instance)
 
 
+main.add_command(config)
+main.add_command(schema)
+
+
 def _ask(request: api.Request, as_json: bool) -> api.Answer:
     """Ask; print warnings, and the result when it is wanted as JSON."""
     path: Path = click.get_current_context().obj
@@ -65,8 +73,8 @@ def _ask(request: api.Request, as_json: bool) -> api.Answer:
 
 
 def _single_output(
-    group: str | None, port: int | None, interface: str | None, ttl: str | None, dscp: int | None
-) -> list[Output]:
+    group: str | None, port: str | None, interface: str | None, ttl: str | None, dscp: int | None
+) -> list[ConfiguredOutput]:
     """The output that --output-group and its companions describe, if any. Raises RuleError."""
     given = {"--output-group": group, "--output-port": port, "--output-interface": interface}
     if group is None and port is None and interface is None:
@@ -76,17 +84,17 @@ def _single_output(
     missing = [name for name, value in given.items() if value is None]
     if missing or group is None or port is None or interface is None:
         raise RuleError(f"{', '.join(missing)} missing: an output has a group, a port and an interface")
-    return [Output(group, port, interface, parse_ttl(ttl) if ttl else None, dscp)]
+    return [ConfiguredOutput(group, port, interface, parse_ttl(ttl) if ttl else None, dscp)]
 
 
 @main.command("add-rule")
-@click.option("--rule-id", metavar="ID", default="", help="[default: a hash of the rule]")
-@click.option("--input-group", metavar="G", help="Multicast group, or a unicast address of this host.")
-@click.option("--input-port", type=int, metavar="P")
+@click.option("--rule-id", metavar="ID", default="", help="With {group}, {port} or {n} for a range. [default: a hash]")
+@click.option("--input-group", metavar="G", help="Multicast group, a unicast address of this host, or a range of them.")
+@click.option("--input-port", metavar="P", help="A port, or a range such as 5000-5099.")
 @click.option("--input-interface", metavar="I", help="[default: every interface of the relay]")
 @click.option("--source", metavar="S", help="Only datagrams of this sender.")
 @click.option("--output-group", metavar="G", help="Multicast group or unicast address.")
-@click.option("--output-port", type=int, metavar="P")
+@click.option("--output-port", metavar="P")
 @click.option("--output-interface", metavar="I")
 @click.option("--ttl", metavar="N|decrement", help="[default: 1 for multicast]")
 @click.option("--dscp", type=int, metavar="N")
@@ -99,11 +107,11 @@ def _single_output(
 def add_rule(
     rule_id: str,
     input_group: str | None,
-    input_port: int | None,
+    input_port: str | None,
     input_interface: str | None,
     source: str | None,
     output_group: str | None,
-    output_port: int | None,
+    output_port: str | None,
     output_interface: str | None,
     ttl: str | None,
     dscp: int | None,
@@ -113,20 +121,17 @@ def add_rule(
     file: Path | None,
     as_json: bool,
 ) -> None:
-    """Add a rule, or several from a file."""
+    """Add a rule, or several from ranges or a file."""
     if file is not None:
-        try:
-            _, rules = parse(file.read_text(), str(file))
-        except OSError as error:
-            raise RuleError(f"{file}: {error.strerror}: give a readable file") from error
+        _, rules = read(file)
     else:
         if input_group is None or input_port is None:
             raise RuleError("--input-group and --input-port are needed, or --file")
         wanted = _single_output(output_group, output_port, output_interface, ttl, dscp)
-        wanted += [parse_output(text, dscp) for text in outputs]
+        wanted += [ConfiguredOutput(*split_output(text), dscp) for text in outputs]
         if not wanted:
             raise RuleError("no output: give --output G:P:I, or --output-group, --output-port and --output-interface")
-        rule = Rule(
+        entry = ConfiguredRule(
             rule_id=rule_id,
             input_group=input_group,
             input_port=input_port,
@@ -135,7 +140,9 @@ def add_rule(
             source=source,
             preserve_source=preserve_source,
         )
-        rules = (rule,)
+        rules, wrong = expand(entry)
+        for _, reason in wrong[:1]:
+            raise RuleError(reason)
     answer = _ask(api.AddRules(rules, replace), as_json)
     if not as_json:
         for added in answer.result["rule_ids"]:

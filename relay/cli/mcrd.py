@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from relay import config, preflight
-from relay.config import LOG_LEVELS, Options
+from relay import config, configfile, preflight
+from relay.config import LOG_LEVELS, Options, Origin
 from relay.errors import RelayError
 from relay.privileges import resolve_user
 from relay.rules import Rule, check_cycles
@@ -23,7 +23,7 @@ Runs in the foreground until Ctrl-C or SIGTERM; SIGHUP reads the configuration's
 
 def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tuple[Rule, ...]]:
     """Options and rules from the file and the command line. Raises RelayError."""
-    file_options, rules = config.read(path) if path is not None else ({}, ())
+    file_options, rules = configfile.read(path) if path is not None else ({}, ())
     options = config.merge(file_options, command_line)
     check_cycles(rules, {rule.rule_id: rule for rule in rules}, options.interfaces)
     return options, rules
@@ -72,7 +72,8 @@ def main(config_path: Path | None, check: bool, **command_line: Any) -> None:
         if check:
             click.echo(f"ok: {len(rules)} rules, {len(cores)} workers on {', '.join(options.interfaces)}")
             return
-        supervisor = Supervisor(options, rules, cores, owner, lambda: load(config_path, command_line))
+        origin = Origin(str(config_path.absolute()) if config_path else None, tuple(config.given(command_line)))
+        supervisor = Supervisor(options, rules, cores, owner, lambda: load(config_path, command_line), origin)
         sys.exit(supervisor.run())
     except RelayError as error:
         click.echo(f"mcrd: {error}", err=True)

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from relay.api import AddRules, LogLevel, RemoveRules, Request, Restart
+from relay.api import Change, LogLevel, Request, Restart
 from relay.credentials import peer_of
 from relay.errors import ControlError
 from relay.privileges import overflow_id
@@ -55,9 +55,7 @@ class Access:
 
 def changes_something(request: Request) -> bool:
     """Whether a request is more than a look."""
-    return isinstance(request, AddRules | RemoveRules | Restart) or (
-        isinstance(request, LogLevel) and request.level is not None
-    )
+    return isinstance(request, Change | Restart) or (isinstance(request, LogLevel) and request.level is not None)
 
 
 def authorise(request: Request, peer: Peer) -> None:

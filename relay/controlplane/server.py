@@ -23,7 +23,7 @@ from relay.controlplane.clients import CHUNK_BYTES, Clients, encode
 from relay.controlplane.interfaces import Interfaces
 from relay.controlplane.rounds import Rounds
 from relay.errors import ControlError, RelayError
-from relay.rules import Rule, chain_warnings, check_cycles, check_room, merge, named
+from relay.rules import Rule, chain_warnings, check_cycles, check_room, fingerprint, merge, named
 from relay.version import VERSION
 
 RECEIVE_BYTES = 1 << 20
@@ -55,6 +55,7 @@ class ControlPlane:
             api.ListRules: Rounds(self._list_rules),
             api.GetStats: Rounds(self._get_stats),
             api.ListWorkers: Rounds(self._list_workers),
+            api.GetOptions: Rounds(self._get_options),
         }
 
     async def run(self) -> None:
@@ -125,11 +126,7 @@ class ControlPlane:
         change_id: str | None = None,
     ) -> list[str]:
         """Let the supervisor change rules; return warnings. Raises RelayError, and nothing is changed then."""
-        gone = frozenset(remove)
-        after = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in gone}
-        after |= {rule.rule_id: rule for rule in add}
-        check_room(after.values())
-        check_cycles(add, after, self._interfaces)
+        after = self._after(add, remove)
         done = await self._ask(lambda number: messages.ApplyRules(number, add, remove, configured, change_id))
         self._rules = after
         if change_id is not None:
@@ -138,6 +135,15 @@ class ControlPlane:
                 del self._carried_out[next(iter(self._carried_out))]
         self._configured = set(configured) if configured is not None else self._configured & set(after)
         return [*done.warnings, *chain_warnings(add, after, self._interfaces)]
+
+    def _after(self, add: tuple[Rule, ...], remove: tuple[str, ...]) -> dict[str, Rule]:
+        """The rules that there would be. Raises RelayError when they can't be together."""
+        gone = frozenset(remove)
+        after = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in gone}
+        after |= {rule.rule_id: rule for rule in add}
+        check_room(after.values())
+        check_cycles(add, after, self._interfaces)
+        return after
 
     # --- clients ----------------------------------------------------------------------------------
 
@@ -172,6 +178,8 @@ class ControlPlane:
                 return await self._add(request)
             case api.RemoveRules():
                 return await self._remove(request)
+            case api.ChangeRules():
+                return await self._exchange(request)
             case api.LogLevel():
                 levels = await self._ask(
                     lambda number: messages.LogLevel(number, request.level, request.facility, request.core)
@@ -208,6 +216,29 @@ class ControlPlane:
             warnings = await self._change((), request.rule_ids, None, request.change_id)
         return api.Answer(ok=True, result={"rule_ids": request.rule_ids}, warnings=tuple(warnings))
 
+    async def _exchange(self, request: api.ChangeRules) -> api.Answer:
+        wanted = [named(validate_unnamed(rule)) for rule in request.add]
+        warnings: list[str] = []
+        async with self._turn():
+            if request.change_id in self._carried_out:
+                ids = tuple(rule.rule_id for rule in wanted)
+                return api.Answer(ok=True, result=api.Changed(ids, (), request.remove))
+            if request.based_on not in (None, fingerprint(self._rules.values())):
+                raise ControlError("the rules have changed since they were compared: compare again")
+            add, replaced = merge(self._rules, wanted, replace=True)
+            for rule_id in request.remove:
+                if rule_id not in self._rules:
+                    raise ControlError(f"no rule {rule_id}: `mcrctl list-rules` shows those there are")
+            self._check_interfaces(add)
+            remove = (*replaced, *request.remove)
+            after = self._after(add, remove)
+            configured = tuple(sorted(after)) if request.is_configuration else None
+            is_other = bool(add or remove) or (configured is not None and self._configured != set(configured))
+            if is_other and not request.check_only:
+                warnings = await self._change(add, remove, configured, request.change_id)
+        new = tuple(rule.rule_id for rule in add if rule.rule_id not in frozenset(replaced))
+        return api.Answer(ok=True, result=api.Changed(new, replaced, request.remove), warnings=tuple(warnings))
+
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         """Wait for a client's turn to change rules. Raises ControlError when too many wait already."""
@@ -225,6 +256,10 @@ class ControlPlane:
 
     async def _list_workers(self) -> bytes:
         return encode(api.Answer(ok=True, result=(await self._ask(messages.ListWorkers)).workers))
+
+    async def _get_options(self) -> bytes:
+        told = await self._ask(messages.GetOptions)
+        return encode(api.Answer(ok=True, result=api.StartedWith(told.options, told.command_line, told.file)))
 
     async def _list_rules(self) -> bytes:
         stats = await self._ask(messages.GetStats)

@@ -26,12 +26,13 @@ import msgspec
 from logging_shm import Facility, LevelPolicy, SharedSPSCRingBuffer, SupervisorLogging
 from logging_shm.facility import segment_name
 from relay import config
-from relay.config import Options
+from relay.config import Options, Origin
 from relay.errors import ExitCode, PreflightError, RelayError
 from relay.messages import (
     ApplyRules,
     Configure,
     Done,
+    GetOptions,
     GetStats,
     Levels,
     ListWorkers,
@@ -40,6 +41,7 @@ from relay.messages import (
     Refused,
     Restart,
     Restore,
+    StartedWith,
     Workers,
 )
 from relay.privileges import keep_for_supervising, resolve_trusted_group
@@ -80,9 +82,16 @@ class Supervisor:
     """Everything between a start and a stop."""
 
     def __init__(
-        self, options: Options, rules: Sequence[Rule], cores: Sequence[int], owner: tuple[int, int], reload: Reload
+        self,
+        options: Options,
+        rules: Sequence[Rule],
+        cores: Sequence[int],
+        owner: tuple[int, int],
+        reload: Reload,
+        origin: Origin,
     ) -> None:
         self._options = options
+        self._origin = origin
         self._configured = tuple(rules)
         self._configured_ids: tuple[str, ...] = ()
         self._cores = cores
@@ -431,6 +440,9 @@ class Supervisor:
                 self._apply(request)
             case GetStats():
                 self._link.tell(self._sampler.stats(request.request_id))
+            case GetOptions():
+                options, origin = msgspec.to_builtins(self._options), self._origin
+                self._link.tell(StartedWith(request.request_id, options, origin.command_line, origin.file))
             case ListWorkers():
                 self._link.tell(Workers(request.request_id, self._sampler.workers()))
             case LogLevel():
@@ -484,8 +496,7 @@ class Supervisor:
             check_cycles(request.add, wanted, self._options.interfaces)
             warnings = self._fleet.begin(tuple(wanted.values()), self._interfaces, strict=True)
             self._rules = wanted
-            if request.configured is not None:
-                self._configured_ids = request.configured
+            self._remember_configured(request)
             if request.change_id is not None:
                 self._carried_out.append(request.change_id)
             return warnings + self._fleet.waiting({rule.rule_id for rule in request.add})
@@ -506,6 +517,19 @@ class Supervisor:
             refuse("too many changes wait for their turn: try again")
             return
         self._changes.add(Change(begin, end, refuse))
+
+    def _remember_configured(self, request: ApplyRules) -> None:
+        """What a new control plane is told to install is what has been made of the configuration since it was read."""
+        if request.configured is not None:
+            self._configured_ids = request.configured
+            self._configured = tuple(self._rules[rule_id] for rule_id in request.configured if rule_id in self._rules)
+            return
+        touched = {*request.remove, *(rule.rule_id for rule in request.add)}
+        self._configured = tuple(
+            self._rules.get(rule.rule_id, rule) if rule.rule_id in touched else rule
+            for rule in self._configured
+            if rule.rule_id not in touched or rule.rule_id in self._rules
+        )
 
     def _document(self) -> State:
         recent = tuple(self._carried_out)[-CARRIED_OUT_KEPT:]

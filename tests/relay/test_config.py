@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config import merge, parse, parse_cores, read, socket_path
+from relay.config import merge, parse_cores, socket_path
+from relay.configfile import parse, read
 from relay.errors import ConfigError
 
 RULE = """
@@ -34,10 +35,10 @@ def test_options_and_rules_are_read() -> None:
         ('idle = "often"\n', r"relay.toml:1: idle: .*allowed are adaptive, sleep, spin"),
         ('instance = "a/b"\n', r"relay.toml:1: instance"),
         (RULE + "ttl = 1\n", r"relay.toml:6: rules\[0\].ttl: unknown key; allowed are rule_id"),
-        (RULE + RULE.replace("5001", '"5001"'), r"relay.toml:9: rules\[1\].input_port: Expected `int`"),
-        (RULE.replace("239.1.1.1", "fe80::1"), r"relay.toml:2: rules\[0\]: input group fe80::1 is IPv6"),
+        (RULE + RULE.replace("5001", "true"), r"relay.toml:9: rules\[1\].input_port: Expected `int"),
+        (RULE.replace("239.1.1.1", "fe80::1"), r"relay.toml:3: rules\[0\].input_group: input group fe80::1 is IPv6"),
         (RULE + RULE, r"relay.toml:7: rules\[1\]: rule id .* is given twice"),
-        ("interfaces = [\n", r"relay.toml: "),
+        ("interfaces = [\n", r"relay.toml:2: not valid TOML"),
     ],
 )
 def test_errors_name_the_line_the_key_and_what_is_allowed(text: str, message: str) -> None:
