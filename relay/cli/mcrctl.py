@@ -13,6 +13,7 @@ import msgspec
 
 from relay import api
 from relay.cli import show
+from relay.cli.explain import explain
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
 from relay.errors import RelayError, RuleError, UnreachableError
@@ -192,6 +193,9 @@ def ping(as_json: bool) -> None:
     answer = _ask(api.Ping(), as_json)
     if not as_json:
         click.echo(f"mcrd {answer.result['version']} answers")
+
+
+main.command("explain")(json_option(reports_errors(explain)))
 
 
 @main.command("restart")
