@@ -95,7 +95,6 @@ def gather(relay: running.Running, files: Files) -> "Facts":
     igmp = files.text("proc/net/igmp")
     return Facts(
         plan=make_plan(relay.rules, interfaces, relay.interfaces),
-        relayed_from=relay.interfaces,
         interfaces=interfaces,
         flags={name: flags for name in interfaces if (flags := files.interface(name, "flags")) is not None},
         has_carrier={name: files.interface(name, "carrier") != 0 for name in interfaces},

@@ -51,13 +51,6 @@ class Files:
         except OSError:
             return []
 
-    def target(self, path: str) -> str | None:
-        """The name of what a symbolic link leads to."""
-        try:
-            return (self.root / path).readlink().name
-        except OSError:
-            return None
-
     def setting(self, key: str) -> int | None:
         """A number of /proc/sys, by its key with dots or slashes."""
         return self.number(f"proc/sys/{key}")

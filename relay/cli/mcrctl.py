@@ -13,6 +13,7 @@ import msgspec
 
 from relay import api
 from relay.cli import show
+from relay.cli.doctor import doctor
 from relay.cli.explain import explain
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
@@ -196,6 +197,7 @@ def ping(as_json: bool) -> None:
 
 
 main.command("explain")(json_option(reports_errors(explain)))
+main.command("doctor")(json_option(reports_errors(doctor)))
 
 
 @main.command("restart")

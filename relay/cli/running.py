@@ -41,10 +41,6 @@ class Running:
     states: Mapping[str, str]  # by rule id
     stats: Any  # as get-stats --json has it
 
-    def of_rule(self, rule_id: str) -> Any:
-        """The counters of a rule, None for one that was added meanwhile."""
-        return next((rule for rule in self.stats["rules"] if rule["rule_id"] == rule_id), None)
-
 
 def ask(path: Path, files: Files) -> Running:
     """Ask the relay behind a control socket. Raises UnreachableError, ControlError."""

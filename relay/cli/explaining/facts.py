@@ -54,7 +54,6 @@ class Facts:
     """The relay and its host as they are."""
 
     plan: Plan
-    relayed_from: Sequence[str]  # the relay's own interfaces
     interfaces: Mapping[str, Interface]
     flags: Mapping[str, int]  # IFF_… by interface
     has_carrier: Mapping[str, bool]

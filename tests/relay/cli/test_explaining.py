@@ -138,7 +138,6 @@ def test_own_egress_is_what_the_compiled_check_finds(
         own.append(OwnSource(address, 40_000 + number, address_number(to), to_port))
     facts = Facts(
         plan=make_plan(rules, INTERFACES, ("lo",)),
-        relayed_from=("lo",),
         interfaces=INTERFACES,
         flags={"lo": IFF_UP | IFF_LOOPBACK},
         has_carrier={},
