@@ -10,7 +10,7 @@ import msgspec
 from relay.cli import host, running
 from relay.cli.host import Files
 from relay.errors import RelayError, RuleError
-from relay.rules import PORT_MAX, address_number
+from relay.rules import PORT_MAX, TTL_MAX, address_number
 
 if TYPE_CHECKING:  # loads NumPy: only the command itself needs it, not all the others
     from relay.cli.explaining.facts import Explanation, Facts
@@ -37,13 +37,14 @@ def parse_endpoint(text: str, what: str, needs_port: bool) -> tuple[str, int | N
 @click.argument("source", metavar="SOURCE[:PORT]")
 @click.argument("destination", metavar="GROUP:PORT")
 @click.option("--interface", metavar="I", help="Where it comes in. [default: the one in whose network SOURCE is]")
-def explain(source: str, destination: str, interface: str | None, as_json: bool) -> None:
+@click.option("--ttl", type=click.IntRange(1, TTL_MAX), metavar="N", help="The TTL that it comes with.")
+def explain(source: str, destination: str, interface: str | None, ttl: int | None, as_json: bool) -> None:
     """What would happen to a datagram from SOURCE to GROUP:PORT, step by step.
 
     Exit status 0 when it would be relayed, 1 when not. Example: mcrctl explain 10.0.0.7 239.1.1.1:5000
     """
     path: Path = click.get_current_context().obj
-    explanation = _explain(path, source, destination, interface)
+    explanation = _explain(path, source, destination, interface, ttl)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(explanation)).decode())
     else:
@@ -51,7 +52,7 @@ def explain(source: str, destination: str, interface: str | None, as_json: bool)
     sys.exit(0 if explanation.relayed else 1)
 
 
-def _explain(path: Path, source: str, destination: str, interface: str | None) -> "Explanation":
+def _explain(path: Path, source: str, destination: str, interface: str | None, ttl: int | None) -> "Explanation":
     """Raises RelayError."""
     from relay.cli.explaining import explanation, way_in
     from relay.cli.explaining.facts import Datagram
@@ -64,12 +65,12 @@ def _explain(path: Path, source: str, destination: str, interface: str | None) -
     if refused is not None:
         click.echo(f"warning: {refused}", err=True)
     facts = gather(relay, Files())
+    assumed = None
     if interface is None:
-        interface, why = way_in.likely_interface(address, networks(), list(facts.plan.rings))
+        interface, assumed = way_in.likely_interface(address, networks(), list(facts.plan.rings))
         if interface is None:
             raise RelayError("the relay takes in from no interface that exists: give --interface")
-        click.echo(f"on {interface}, as {why}; --interface names another", err=True)
-    return explanation.explain(facts, Datagram(address, source_port, group, port, interface))
+    return explanation.explain(facts, Datagram(address, source_port, group, port, interface, ttl, assumed))
 
 
 def networks() -> dict[str, list[tuple[str, str]]]:

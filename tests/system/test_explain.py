@@ -105,13 +105,16 @@ def test_the_verdict_is_what_the_relay_does(line: Line, relay: Relay) -> None:
     assert all(step(answer, "rule")["remedy"] for answer in answers[2:])
     assert step(answers[1], "join")["reason"] == f"239.1.1.2 is joined on left for {OTHER}"
     output = step(answers[1], "output")["reason"]
-    assert "leaves right to 239.2.2.2:6001, from 10.2.0.1, with TTL 1, payloads over 1472 bytes" in output
+    assert "leaves right to 239.2.2.2:6001 from 10.2.0.1 with TTL 1; payloads over 1472 bytes" in output
     assert "has matched 1, relayed 1, dropped 0" in step(answers[1], "counters")["reason"]
     # From outside of the relay's network namespace, which is entered.
     command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "explain", GEN, IN]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "on left, as 10.1.0.1 is in its network 10.1.0.0/24" in result.stderr
+    assert (
+        "left is up, and the relay takes in from it; assumed, as 10.1.0.1 is in its network 10.1.0.0/24"
+        in result.stdout
+    )
     assert "would be relayed by tv through 1 of 1 outputs" in result.stdout
 
 
@@ -121,6 +124,10 @@ def test_each_obstacle_is_found(line: Line, relay: Relay) -> None:
     wrong = explain(relay, GEN, IN, "--interface", "right")
     assert "the relay takes nothing in from right: it does from left, lo" in wrong["summary"]
     assert "--interface right" in step(wrong, "interface")["remedy"]
+
+    relay.add("hops", "239.1.1.8:5001", f"{OUT}:decrement")
+    assert explain(relay, GEN, "239.1.1.8:5001", "--ttl", "2")["relayed"]
+    assert "comes with TTL 1" in explain(relay, GEN, "239.1.1.8:5001", "--ttl", "1")["summary"]
 
     own = explain(relay, "10.1.0.2", IN)
     assert "10.1.0.2 is this host's own address" in own["summary"]

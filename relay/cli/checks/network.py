@@ -119,7 +119,7 @@ def joined(situation: Situation) -> Iterator[Found]:
         if (listen.ifindex, listen.address) not in there
     )
     if missing:
-        remedy = "`mcrlog tail --facility Supervisor` says why joining was refused; add the rule anew"
+        remedy = "`mcrlog tail --facility Supervisor` says why; then remove the rule and add it again"
         yield Found("problem", f"not joined: {shown(missing)}", "/proc/net/igmp", remedy)
     else:
         yield Found("ok", f"{len(wanted)} groups are joined", "/proc/net/igmp")

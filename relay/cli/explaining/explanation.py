@@ -21,7 +21,7 @@ def explain(facts: Facts, datagram: Datagram) -> Explanation:
     steps += [join(facts, datagram), packet_filter(facts, datagram), worker(facts)]
     if found:
         for planned in found:
-            steps += followed(facts, planned)
+            steps += followed(facts, planned, datagram.ttl)
     else:
         steps.append(no_rule(facts, datagram))
     stops = [step for step in steps if step.verdict == "stop"]

@@ -22,6 +22,8 @@ class Datagram:
     group: str
     port: int
     interface: str
+    ttl: int | None = None  # as it arrives; None: not told
+    assumed: str | None = None  # why this interface, when nobody named it
 
     @property
     def destination(self) -> str:

@@ -27,7 +27,7 @@ def likely_interface(
                 return name, f"{source} is in its network {network}"
     if len(relayed_from) == 1:
         return relayed_from[0], "the relay takes in from no other"
-    return (relayed_from[0], "the relay's first") if relayed_from else (None, "")
+    return (relayed_from[0], "it is the relay's first") if relayed_from else (None, "")
 
 
 def interface(facts: Facts, datagram: Datagram) -> Step:  # noqa: PLR0911 - one return a cause
@@ -52,7 +52,8 @@ def interface(facts: Facts, datagram: Datagram) -> Step:  # noqa: PLR0911 - one 
     if not flags & (IFF_MULTICAST | IFF_LOOPBACK) and is_multicast(datagram.group):
         reason = f"{name} is relayed from and up, but has no MULTICAST flag: its driver may deliver no multicast"
         return Step("interface", "note", reason, f"ip link set {name} multicast on")
-    return Step("interface", "pass", f"{name} is up, and the relay takes in from it")
+    assumed = f"; assumed, as {datagram.assumed}" if datagram.assumed else ""
+    return Step("interface", "pass", f"{name} is up, and the relay takes in from it{assumed}")
 
 
 def own_egress(facts: Facts, datagram: Datagram) -> Step:
@@ -153,8 +154,8 @@ def _not_joined(facts: Facts, group: str, name: str) -> str:
 
 def _join_remedy(facts: Facts) -> str:
     if facts.memberships_max is not None and facts.memberships_max < 1:
-        return "sysctl net.ipv4.igmp_max_memberships=20, then add the rule anew"
-    return "the log says why joining was refused; add the rule anew"
+        return "sysctl net.ipv4.igmp_max_memberships=20, then remove the rule and add it again"
+    return "the log of mcrd says why joining was refused; then remove the rule and add it again"
 
 
 def _unicast(facts: Facts, datagram: Datagram) -> Step:

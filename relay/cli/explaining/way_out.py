@@ -8,13 +8,13 @@ from relay.supervisor.egress import TTL_MULTICAST_DEFAULT
 from relay.supervisor.plan import PlannedOutput, PlannedRule
 
 
-def followed(facts: Facts, planned: PlannedRule) -> Iterator[Step]:
+def followed(facts: Facts, planned: PlannedRule, ttl: int | None) -> Iterator[Step]:
     """A rule that takes the datagram, its outputs, and what it has counted."""
     rule = planned.rule
     source = f" from {rule.source}" if rule.source else ""
     yield Step("rule", "pass", f"rule {rule.rule_id} takes {rule.input_group}:{rule.input_port}{source}")
     for output in planned.outputs:
-        yield _output(facts, rule, output)
+        yield _output(facts, rule, output, ttl)
     yield _counters(facts, rule)
 
 
@@ -36,26 +36,30 @@ def _counters(facts: Facts, rule: Rule) -> Step:
     return Step("counters", "pass", reason)
 
 
-def _output(facts: Facts, rule: Rule, planned: PlannedOutput) -> Step:
+def _output(facts: Facts, rule: Rule, planned: PlannedOutput, ttl: int | None) -> Step:
+    """Whether an output sends it, and how it leaves; `ttl` as it arrives, if that is known."""
     output, key = planned.output, planned.key
-    step = f"output {output_name(output)}"
+    name = output_name(output)
+    step = f"output {name}"
     if key is None:
         remedy = f"ip link set {output.interface} up" if "down" in str(planned.fault) else "it leaves once that changes"
         return Step(step, "stop", f"waiting: {planned.fault}", remedy)
     if key.is_connected and facts.sockets and not _is_open(facts, key.address, (key.group, key.port)):
         return Step(step, "stop", "its socket is not open: the kernel refused it", "the log of mcrd says why")
-    parts = [f"active: leaves {output.interface} to {output.group}:{output.port}"]
-    parts.append("from the original source" if rule.preserve_source else f"from {key.address}")
-    parts.append(f"with {_ttl(facts, planned)}")
-    if output.dscp is not None:
-        parts.append(f"DSCP {output.dscp}")
-    parts.append(f"payloads over {key.gso_segment_bytes_max} bytes as fragments (MTU {key.mtu_bytes})")
-    if output.ttl == "decrement":
-        return Step(step, "note", ", ".join(parts), "what comes with TTL 1 is dropped: send with more, or give `:TTL`")
+    if output.ttl == "decrement" and ttl == 1:
+        remedy = f"send with a higher TTL, or give a fixed one: --output {name}:TTL"
+        return Step(step, "stop", "it comes with TTL 1, less 1 is 0: dropped as ttl", remedy)
+    source = "the original source" if rule.preserve_source else key.address
+    dscp = f", DSCP {output.dscp}" if output.dscp is not None else ""
+    reason = (
+        f"active: leaves {output.interface} to {output.group}:{output.port} from {source} with {_ttl(facts, planned)}"
+    )
+    reason += f"{dscp}; payloads over {key.gso_segment_bytes_max} bytes as fragments (MTU {key.mtu_bytes})"
+    if output.ttl == "decrement" and ttl is None:
+        return Step(step, "note", reason, f"what comes with TTL 1 is dropped: send with more, or --output {name}:TTL")
     if is_multicast(output.group) and output.ttl in (None, 1):
-        reason = ", ".join(parts) + "; no router passes TTL 1 on"
-        return Step(step, "pass", reason, f"behind a router: --output {output_name(output)}:TTL")
-    return Step(step, "pass", ", ".join(parts))
+        return Step(step, "pass", reason, f"no router passes TTL 1 on: behind one, --output {name}:TTL")
+    return Step(step, "pass", reason)
 
 
 def _is_open(facts: Facts, address: str, remote: tuple[str, int]) -> bool:

@@ -158,7 +158,7 @@ def test_own_egress_is_what_the_compiled_check_finds(
 def test_the_interface_in_whose_network_the_source_is_comes_first() -> None:
     networks = {"a": [("10.1.0.1", "255.255.0.0")], "b": [("10.2.0.1", "255.255.255.0")]}
     assert likely_interface("10.2.0.9", networks, ["a", "b"])[0] == "b"
-    assert likely_interface("192.0.2.1", networks, ["a", "b"]) == ("a", "the relay's first")
+    assert likely_interface("192.0.2.1", networks, ["a", "b"]) == ("a", "it is the relay's first")
     assert likely_interface("192.0.2.1", networks, ["b"]) == ("b", "the relay takes in from no other")
     assert likely_interface("192.0.2.1", networks, [])[0] is None
 
