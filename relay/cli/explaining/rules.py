@@ -41,16 +41,15 @@ def nearest(rules: Sequence[PlannedRule], datagram: Datagram) -> PlannedRule | N
 
 
 def no_rule(facts: Facts, datagram: Datagram) -> Step:
-    what = f"no rule takes {datagram.destination} from {datagram.source} on {datagram.interface}"
     near = nearest(facts.plan.rules, datagram)
     if near is None:
         kept = f"; none of {len(facts.plan.rules)} rules is near" if facts.plan.rules else "; there are no rules"
         add = (
             f"mcrctl add-rule --input-group {datagram.group} --input-port {datagram.port} --output GROUP:PORT:INTERFACE"
         )
-        return Step("rule", "stop", what + kept, add)
+        return Step("rule", "stop", f"no rule takes it{kept}", add)
     differs = "; ".join(differences(near, datagram))
-    reason = f"{what}; the nearest is {near.rule.rule_id}, which differs in {differs}"
+    reason = f"no rule takes it; the nearest is {near.rule.rule_id}, which differs in {differs}"
     change = (
         f"mcrctl add-rule --replace --rule-id {near.rule.rule_id} … with the input that is meant, or add another rule"
     )
