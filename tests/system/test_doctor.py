@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from relay import api
 from relay.cli.checks.ethtool import offloads
 from relay.cli.mcrctl import main
 from tests.system.harness import BIN, PYTHON, Relay, wait_until
+from tests.system.test_explain import ask, states
 from tests.system.test_rules import sender
 from tools.netns import Host, Line, connect
 
@@ -76,8 +78,8 @@ def test_wrong_settings_are_found_and_their_remedies_mend_them(line: Line, relay
     shell(host, "ip link set right mtu 1000; ip link set spare down; ip link add br0 type bridge mcast_snooping 1")
     with sender(gen, 1) as out:
         out.sendto(b"payload", ("239.1.1.99", 5001))
-    wait_until(lambda: relay.stats()["drops"]["ttl"] == 1, "the datagram is dropped")
-    wait_until(lambda: len([r for r in relay.ask("list-rules") if r["state"] != "active"]) == 1, "one rule waits")
+    wait_until(lambda: ask(relay, api.GetStats())["drops"]["ttl"] == 1, "the datagram is dropped")
+    wait_until(lambda: sum(state != "active" for state in states(relay)) == 1, "one rule waits")
 
     findings = doctor(relay)
     expected = (
@@ -100,7 +102,7 @@ def test_wrong_settings_are_found_and_their_remedies_mend_them(line: Line, relay
     for check in remedied:
         remedy = of(findings, check, next(text for name, text, _ in expected if name == check))["remedy"]
         shell(host, str(remedy).partition(",")[0])
-    wait_until(lambda: all(r["state"] == "active" for r in relay.ask("list-rules")), "no rule waits")
+    wait_until(lambda: set(states(relay)) == {"active"}, "no rule waits")
     mended = doctor(relay)
     for check in (*remedied, "rules"):
         assert {found["severity"] for found in mended if found["check"] == check} == {"ok"}, check

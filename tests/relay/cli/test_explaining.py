@@ -60,7 +60,7 @@ def compiled_rules(plan: Plan) -> list[TableRule]:
 
 
 @given(rule_sets(), st.sampled_from([("a",), ("b",), ("a", "b")]), SOURCES, GROUPS, PORTS, st.sampled_from(["a", "b"]))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_the_rules_that_match_are_those_that_the_compiled_matcher_finds(
     rules: list[Rule], relayed_from: tuple[str, ...], source: str, group: str, port: int, interface: str
 ) -> None:
@@ -115,7 +115,7 @@ EGRESS = st.tuples(st.sampled_from(["239.1.1.1", "239.1.1.2"]), PORTS, st.boolea
     st.sampled_from(["239.1.1.1", "239.1.1.2"]),
     PORTS,
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_own_egress_is_what_the_compiled_check_finds(
     outputs: list[tuple[str, int, bool]], source: str, source_port: int, group: str, port: int
 ) -> None:
