@@ -51,12 +51,12 @@ def look(path: Path, interfaces: tuple[str, ...], seconds: float) -> "Situation"
     from relay.supervisor.plan import Plan, make_plan
 
     files = Files()
-    earlier = _ask(path, files)
+    earlier, silence = _ask(path, files)
     if earlier is not None and earlier.pid and (refused := running.enter_network_of(earlier.pid)) is not None:
         click.echo(f"warning: {refused}", err=True)
     counters = count(files)
     queriers = hear_queriers(seconds)
-    now = _ask(path, files) if earlier is not None else None
+    now, silence = _ask(path, files) if earlier is not None else (None, silence)
     present = snapshot()
     plan = make_plan(now.rules, present, now.interfaces) if now is not None else Plan()
     taken = dict.fromkeys((*interfaces, *(now.interfaces if now is not None else ()), *plan.rings))
@@ -69,16 +69,18 @@ def look(path: Path, interfaces: tuple[str, ...], seconds: float) -> "Situation"
         interval_s=seconds,
         earlier=counters,
         relay=now,
+        silence=silence,
         relay_earlier=earlier,
         plan=plan,
     )
 
 
-def _ask(path: Path, files: Files) -> running.Running | None:
+def _ask(path: Path, files: Files) -> tuple[running.Running | None, str]:
+    """The relay, or why there is none."""
     try:
-        return running.ask(path, files)
-    except UnreachableError:
-        return None
+        return running.ask(path, files), ""
+    except UnreachableError as error:
+        return None, str(error).partition(": start one")[0]
 
 
 def _could_be_relayed(files: Files, name: str) -> bool:

@@ -20,6 +20,7 @@ from relay import api
 from relay.cli.host import Files
 from relay.client import Client
 from relay.credentials import peer_of
+from relay.errors import ControlError
 from relay.rules import Rule
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
@@ -48,6 +49,9 @@ def ask(path: Path, files: Files) -> Running:
         pong = client.ask(api.Ping()).result
         listed = client.ask(api.ListRules()).result
         stats = client.ask(api.GetStats()).result
+    if "interfaces" not in pong:
+        restart = "`mcrctl restart --graceful` starts the one that is installed, without a loss"
+        raise ControlError(f"the relay is an older version, {pong['version']}, which does not tell enough: {restart}")
     pid = _listener(path)
     maps = files.text(f"proc/{pid}/maps") if pid else None
     segment = SEGMENT.search(maps) if maps else None
@@ -59,7 +63,7 @@ def ask(path: Path, files: Files) -> Running:
         instance=segment["instance"] if segment else None,
         has_private_view=segment is not None,
         version=pong["version"],
-        interfaces=tuple(pong.get("interfaces", ())),
+        interfaces=tuple(pong["interfaces"]),
         rules=rules,
         states={rule["rule_id"]: rule["state"] for rule in listed},
         stats=stats,

@@ -33,6 +33,18 @@ sendp(query, iface="right", inter=0.1, loop=1, verbose=False)
 """
 
 
+STRANGER = """
+import os, sys
+from relay.cli.checks import cores, host, network, probes, relay  # while the files of this environment may be read
+from relay.cli.explaining import explanation
+from relay.cli.mcrctl import main
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+main(sys.argv[1:])
+"""
+
+
 @pytest.fixture(scope="module")
 def line() -> Iterator[Line]:
     """gen ─ relay ═ sink, for all tests of this file."""
@@ -150,11 +162,25 @@ def test_offloads_are_those_that_ethtool_shows(line: Line) -> None:
     assert offloads("no-such") == {}
 
 
+def test_who_is_not_root_sees_what_everybody_may(line: Line, relay: Relay) -> None:
+    host = line.hosts[1]
+    command = [PYTHON, "-c", STRANGER, "--socket", relay.socket.name]
+    relay.socket.parent.chmod(0o711)  # the folders above are root's alone
+    result = host.run([*command, "doctor", "--seconds", "0.1", "--json"], capture_output=True, cwd=relay.socket.parent)
+    findings = json.loads(result.stdout)
+    assert of(findings, "relay", "may not be looked at: some checks are left out")["remedy"] == "sudo mcrctl doctor"
+    assert of(findings, "interface", "left is up")["severity"] == "ok"
+    assert not [finding for finding in findings if finding["check"] == "log"]
+    question = ("explain", "10.1.0.1", "239.1.1.1:5001", "--json")
+    result = host.run([*command, *question], capture_output=True, cwd=relay.socket.parent)
+    assert json.loads(result.stdout)["steps"], result.stderr
+
+
 def test_without_a_relay_the_host_is_checked(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["--socket", str(tmp_path / "none"), "doctor", "--seconds", "0.1", "--interface", "lo"]
     )
-    assert "no relay answers: host checks only" in result.stdout
+    assert f"no relay answers on {tmp_path}/none: No such file or directory: host checks only" in result.stdout
     assert "interface lo is up" in result.stdout
     assert "problem  " not in result.stdout or result.exit_code == 1
     assert result.exit_code in (0, 1)

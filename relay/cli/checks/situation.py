@@ -42,6 +42,7 @@ class Situation:
     interval_s: float = 0.0
     earlier: Mapping[str, str] = field(default_factory=dict)  # texts of COUNTERS
     relay: Running | None = None
+    silence: str = "no relay answers"  # why there is none
     relay_earlier: Running | None = None
     plan: Plan = field(default_factory=Plan)
 
