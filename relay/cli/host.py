@@ -121,6 +121,12 @@ def _endpoint(word: str) -> tuple[str, int]:
     return socket.inet_ntoa(struct.pack("=I", int(address, 16))), int(port, 16)
 
 
+def statistics(text: str, group: str) -> dict[str, int]:
+    """/proc/net/netstat or snmp: the counters of a group, such as TcpExt, by name."""
+    lines = [line.split()[1:] for line in text.splitlines() if line.startswith(f"{group}:")]
+    return dict(zip(lines[0], map(int, lines[1]), strict=False)) if len(lines) == 2 else {}
+
+
 def softnet(text: str) -> dict[int, tuple[int, int]]:
     """/proc/net/softnet_stat: packets dropped and times squeezed, by CPU."""
     counts = {}

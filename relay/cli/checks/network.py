@@ -52,6 +52,8 @@ def interface(situation: Situation) -> Iterator[Found]:
 )
 def rp_filter(situation: Situation) -> Iterator[Found]:
     """The reverse-path check of ingress interfaces: the stricter of the interface's own and that of all."""
+    dropped = host.statistics(situation.files.text("proc/net/netstat") or "", "TcpExt").get("IPReversePathFilter", 0)
+    so_far = f" ({dropped} dropped so far, by `nstat -az TcpExtIPReversePathFilter`)" if dropped else ""
     for name in situation.ingress:
         values = {place: situation.files.setting(f"net/ipv4/conf/{place}/rp_filter") for place in ("all", name)}
         known = {place: value for place, value in values.items() if value is not None}
@@ -60,7 +62,9 @@ def rp_filter(situation: Situation) -> Iterator[Found]:
         strictest = max(known, key=lambda place: known[place])
         read = f"/proc/sys/net/ipv4/conf/{strictest}/rp_filter"
         if max(known.values()) == RP_FILTER_STRICT:
-            text = f"rp_filter of {name} is strict: receivers here lose sources that are not routed through {name}"
+            text = (
+                f"rp_filter of {name} is strict: receivers here lose sources that are not routed through {name}{so_far}"
+            )
             yield Found("note", text, read, f"sysctl net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{name}.rp_filter=2")
         else:
             yield Found("ok", f"rp_filter of {name} is {known[strictest]}", read)

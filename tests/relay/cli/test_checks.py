@@ -134,6 +134,12 @@ CASES: dict[str, list[Case]] = {
     ],
     "rp-filter": [
         ({f"{IPV4}/conf/all/rp_filter": "1", f"{IPV4}/conf/left/rp_filter": "0"}, {}, "note", "left is strict"),
+        (
+            {f"{IPV4}/conf/all/rp_filter": "1", "proc/net/netstat": "TcpExt: A IPReversePathFilter\nTcpExt: 1 7"},
+            {},
+            "note",
+            "(7 dropped so far",
+        ),
         ({f"{IPV4}/conf/all/rp_filter": "1", f"{IPV4}/conf/left/rp_filter": "2"}, {}, "ok", "is 2"),
     ],
     "igmp-version": [
@@ -324,6 +330,12 @@ def test_a_host_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
         assert order == sorted(order)
 
 
+def test_the_errno_takes_the_place_of_the_cause_that_says_less(tmp_path: Path) -> None:
+    there = running(drops={"send_error": 4, "send_error_errno_1": 4})
+    texts = [found.text for found in REGISTRY["drops"].find(situation(tmp_path, {}, relay=there))]
+    assert texts == ["send_error_errno_1 4: sendmsg: EPERM, Operation not permitted"]
+
+
 def test_every_cause_of_a_drop_has_a_meaning_and_a_remedy() -> None:
     assert set(MEANINGS) == set(DropCause) - {DropCause.NONE}
     for cause in NO_DROPS:
@@ -344,6 +356,7 @@ def test_the_kernels_own_files_are_read() -> None:
     assert igmp["lo"].groups["224.0.0.1"] >= 1
     assert igmp["lo"].querier in ("V1", "V2", "V3")
     assert len(host.softnet(text("proc/net/softnet_stat") or "")) >= 1
+    assert "IPReversePathFilter" in host.statistics(text("proc/net/netstat") or "", "TcpExt")
     soft, hard = host.limits(text("proc/self/limits") or "")["Max open files"]
     assert soft.isdecimal() or soft == "unlimited"
     assert host.limits(text("proc/self/limits") or "").keys() >= {"Max locked memory", "Max cpu time"}

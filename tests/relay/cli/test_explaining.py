@@ -2,6 +2,7 @@
 
 import socket
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from relay.supervisor.plan import Plan, make_plan
 INTERFACES = {
     name: Interface(name, index, True, 1500, (f"10.{index}.0.1",)) for index, name in enumerate(("a", "b", "lo"), 1)
 }
-GROUPS = st.sampled_from(["239.1.1.1", "239.1.1.2", "10.1.0.1"])
+GROUPS = st.sampled_from(["239.1.1.1", "10.1.0.1"])
 PORTS = st.sampled_from([5000, 5001])
 SOURCES = st.sampled_from(["10.0.0.7", "10.0.0.8"])
 NAMES = st.sampled_from(["a", "b", "missing"])
@@ -27,7 +28,7 @@ NAMES = st.sampled_from(["a", "b", "missing"])
 
 @st.composite
 def rule_sets(draw: st.DrawFn) -> list[Rule]:
-    inputs = draw(st.lists(st.tuples(GROUPS, PORTS, st.none() | SOURCES, st.none() | NAMES), max_size=10))
+    inputs = draw(st.lists(st.tuples(GROUPS, PORTS, st.none() | SOURCES, st.none() | NAMES), min_size=2, max_size=12))
     return [
         Rule(
             rule_id=f"r{number}",
@@ -59,8 +60,25 @@ def compiled_rules(plan: Plan) -> list[TableRule]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("datagram", "differs"),
+    [
+        (Datagram("10.0.0.7", None, "239.1.1.1", 5000, "a"), []),
+        (Datagram("10.0.0.7", None, "239.1.1.2", 5000, "a"), ["group: it takes 239.1.1.1"]),
+        (Datagram("10.0.0.7", None, "239.1.1.1", 5001, "a"), ["port: it takes 5000"]),
+        (Datagram("10.0.0.8", None, "239.1.1.1", 5000, "a"), ["source: it takes only 10.0.0.7"]),
+        (Datagram("10.0.0.7", None, "239.1.1.1", 5000, "b"), ["interface: it takes from a"]),
+    ],
+)
+def test_the_field_that_differs_is_named(datagram: Datagram, differs: list[str]) -> None:
+    output = Output("239.9.9.9", 6000, "b")
+    rule = Rule(rule_id="r", input_group="239.1.1.1", input_port=5000, source="10.0.0.7", outputs=(output,))
+    (planned,) = make_plan([rule], INTERFACES, ("a",)).rules
+    assert differences(planned, datagram) == differs
+
+
 @given(rule_sets(), st.sampled_from([("a",), ("b",), ("a", "b")]), SOURCES, GROUPS, PORTS, st.sampled_from(["a", "b"]))
-@settings(max_examples=100)
+@settings(max_examples=200)
 def test_the_rules_that_match_are_those_that_the_compiled_matcher_finds(
     rules: list[Rule], relayed_from: tuple[str, ...], source: str, group: str, port: int, interface: str
 ) -> None:
@@ -103,6 +121,32 @@ def test_the_filter_admits_what_a_rule_takes_and_nothing_else(
     assert admits(program, frame(Datagram("10.0.0.7", 4000, group, port, interface))) is wanted
 
 
+def facts_of(rules: list[Rule], sockets: list[UdpSocket]) -> Facts:
+    """A relay that takes in from lo, and whose sockets have the inodes up to 9."""
+    return Facts(
+        plan=make_plan(rules, INTERFACES, ("lo",)),
+        interfaces=INTERFACES,
+        flags={"lo": IFF_UP | IFF_LOOPBACK},
+        has_carrier={},
+        joined=None,
+        source_filters={},
+        sockets=sockets,
+        own_inodes=frozenset(range(10)),
+        memberships_max=20,
+        ttl_default=64,
+        rule_stats={},
+        workers=(),
+    )
+
+
+def test_a_socket_of_another_program_is_not_the_relays() -> None:
+    rules = [Rule(rule_id="r", input_group="239.7.7.7", input_port=1, outputs=(Output("239.1.1.1", 5000, "lo"),))]
+    datagram = Datagram("10.3.0.1", 40_000, "239.1.1.1", 5000, "lo")
+    for inode, verdict in ((9, "stop"), (10, "note")):
+        sockets = [UdpSocket(("10.3.0.1", 40_000), ("239.1.1.1", 5000), inode)]
+        assert own_egress(facts_of(rules, sockets), datagram).verdict == verdict
+
+
 EGRESS = st.tuples(st.sampled_from(["239.1.1.1", "239.1.1.2"]), PORTS, st.booleans())
 
 
@@ -136,21 +180,8 @@ def test_own_egress_is_what_the_compiled_check_finds(
         sockets.append(UdpSocket(("10.3.0.1", 40_000 + number), remote, number))
         address = 0 if preserve else address_number("10.3.0.1")
         own.append(OwnSource(address, 40_000 + number, address_number(to), to_port))
-    facts = Facts(
-        plan=make_plan(rules, INTERFACES, ("lo",)),
-        interfaces=INTERFACES,
-        flags={"lo": IFF_UP | IFF_LOOPBACK},
-        has_carrier={},
-        joined=None,
-        source_filters={},
-        sockets=sockets,
-        own_inodes=frozenset(range(10)),
-        memberships_max=20,
-        ttl_default=64,
-        rule_stats={},
-        workers=(),
-    )
-    found = own_egress(facts, Datagram(source, source_port, group, port, "lo")).verdict == "stop"
+    sockets.append(UdpSocket(("10.3.0.1", 40_004), ("239.1.1.1", 5000), 99))  # another program's
+    found = own_egress(facts_of(rules, sockets), Datagram(source, source_port, group, port, "lo")).verdict == "stop"
     table = view_table(compile_table((), own, 1))
     assert found is is_own_source(table.view, address_number(source), source_port, address_number(group), port)
 
