@@ -98,6 +98,7 @@ class WorkerStats(msgspec.Struct):
     bits_per_second: float
     ring_fill_max_percent: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]
+    is_excluded: bool = False  # it keeps failing: others get its traffic
 
 
 class Stats(msgspec.Struct, tag=True):

@@ -15,6 +15,8 @@ from relay import api
 from relay.cli import show
 from relay.cli.config import config
 from relay.cli.schema import schema
+from relay.cli.doctor import doctor
+from relay.cli.explain import explain
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
@@ -199,6 +201,10 @@ def ping(as_json: bool) -> None:
     answer = _ask(api.Ping(), as_json)
     if not as_json:
         click.echo(f"mcrd {answer.result['version']} answers")
+
+
+main.command("explain")(json_option(reports_errors(explain)))
+main.command("doctor")(json_option(reports_errors(doctor)))
 
 
 @main.command("restart")

@@ -189,7 +189,7 @@ class ControlPlane:
                 await self._ask(messages.Restart)
                 return api.Answer(ok=True)
             case _:
-                return api.Answer(ok=True, result={"version": VERSION})
+                return api.Answer(ok=True, result={"version": VERSION, "interfaces": self._interfaces})
 
     async def _add(self, request: api.AddRules) -> api.Answer:
         wanted = [named(validate_unnamed(rule)) for rule in request.rules]

@@ -104,6 +104,7 @@ class Sampler:
             bits_per_second=8 * self._rate(newer["bytes_relayed"], older["bytes_relayed"]),
             ring_fill_max_percent=min(count(worker.stats.header["ring_fill_max"].max()), 100),
             drops=worker_drops(worker),
+            is_excluded=worker.is_excluded,
         )
 
     def stats(self, request_id: int) -> Stats:

@@ -309,6 +309,8 @@ def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_bac
     core = Relay.cores(2)[1]
     with Killer(relay, core, number):
         relay.wait_for_log(f"[Alert] [Supervisor] The worker of core {core} has died")
+        assert {worker["core"]: worker["is_excluded"] for worker in relay.ask("list-workers")}[core]
+        assert f"the worker of core {core} kept failing, and others have its traffic" in relay.control("doctor").stdout
         with receiving(sink, tmp_path, "--interface", "left") as summary:
             with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
                 pass

@@ -1,0 +1,56 @@
+"""Which rules take a datagram, and which one nearly does. Pure."""
+
+from collections.abc import Sequence
+
+from relay.cli.explaining.facts import Datagram, Facts, Step
+from relay.supervisor.plan import PlannedRule
+
+DIFFERENCES_SHOWN_MAX = 2  # a rule that differs in more is no near one
+
+
+def matching(rules: Sequence[PlannedRule], datagram: Datagram) -> list[PlannedRule]:
+    """The rules that take this datagram, as relay/dataplane/match.py finds them."""
+    return [planned for planned in rules if not differences(planned, datagram)]
+
+
+def differences(planned: PlannedRule, datagram: Datagram) -> list[str]:
+    """In which fields a rule asks for something else."""
+    rule = planned.rule
+    different = []
+    if rule.input_group != datagram.group:
+        different.append(f"group: it takes {rule.input_group}")
+    if rule.input_port != datagram.port:
+        different.append(f"port: it takes {rule.input_port}")
+    if rule.source not in (None, datagram.source):
+        different.append(f"source: it takes only {rule.source}")
+    if datagram.interface not in planned.interfaces:
+        different.append(f"interface: it takes from {rule.input_interface or ', '.join(planned.interfaces) or 'none'}")
+    return different
+
+
+def nearest(rules: Sequence[PlannedRule], datagram: Datagram) -> PlannedRule | None:
+    """The rule that differs in the fewest fields, of those the one of the same group or the closest port."""
+
+    def distance(planned: PlannedRule) -> tuple[int, bool, int]:
+        rule = planned.rule
+        port = abs(rule.input_port - datagram.port)
+        return len(differences(planned, datagram)), rule.input_group != datagram.group, port
+
+    near = min(rules, key=distance, default=None)
+    return near if near is not None and len(differences(near, datagram)) <= DIFFERENCES_SHOWN_MAX else None
+
+
+def no_rule(facts: Facts, datagram: Datagram) -> Step:
+    near = nearest(facts.plan.rules, datagram)
+    if near is None:
+        kept = f"; none of {len(facts.plan.rules)} rules is near" if facts.plan.rules else "; there are no rules"
+        add = (
+            f"mcrctl add-rule --input-group {datagram.group} --input-port {datagram.port} --output GROUP:PORT:INTERFACE"
+        )
+        return Step("rule", "stop", f"no rule takes it{kept}", add)
+    differs = "; ".join(differences(near, datagram))
+    reason = f"no rule takes it; the nearest is {near.rule.rule_id}, which differs in {differs}"
+    change = (
+        f"mcrctl add-rule --replace --rule-id {near.rule.rule_id} … with the input that is meant, or add another rule"
+    )
+    return Step("rule", "stop", reason, change)
