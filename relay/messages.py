@@ -66,6 +66,7 @@ class OutputStats(msgspec.Struct):
     packets: int
     bytes: int
     drops: dict[str, int]
+    slot: int  # of its counters in the stats segments
 
 
 class RuleStats(msgspec.Struct):
@@ -78,6 +79,7 @@ class RuleStats(msgspec.Struct):
     packets_per_second: float
     bits_per_second: float
     outputs: list[OutputStats]
+    slot: int  # of its counters in the stats segments
 
 
 class WorkerStats(msgspec.Struct):
@@ -94,6 +96,7 @@ class WorkerStats(msgspec.Struct):
     bits_per_second: float
     ring_fill_max_percent: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]
+    stats_segment: str  # where its counters are, in /dev/shm
 
 
 class Stats(msgspec.Struct, tag=True):

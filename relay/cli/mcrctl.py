@@ -13,6 +13,7 @@ import msgspec
 
 from relay import api
 from relay.cli import show
+from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
 from relay.errors import RelayError, RuleError, UnreachableError
@@ -255,3 +256,6 @@ def log_level_get(facility: str | None, core: int | None, as_json: bool) -> None
 def log_level_set(level: str, facility: str | None, core: int | None, as_json: bool) -> None:
     """Log records as grave as LEVEL or graver."""
     _show_levels(api.LogLevel(level, facility, core), as_json)
+
+
+main.command("top")(reports_errors(top))

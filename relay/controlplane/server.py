@@ -228,11 +228,8 @@ class ControlPlane:
 
     async def _list_rules(self) -> bytes:
         stats = await self._ask(messages.GetStats)
-        states = {rule.rule_id: rule.state for rule in stats.rules}
-        rules = [
-            {**msgspec.to_builtins(rule), "state": states.get(rule_id, "waiting: not installed yet")}
-            for rule_id, rule in self._rules.items()
-        ]
+        installed = {rule.rule_id: rule for rule in stats.rules}
+        rules = [_listed(rule, installed.get(rule_id)) for rule_id, rule in self._rules.items()]
         return encode(api.Answer(ok=True, result=rules))
 
     def _check_interfaces(self, rules: tuple[Rule, ...]) -> None:
@@ -246,3 +243,12 @@ class ControlPlane:
                     raise ControlError(
                         f"rule {rule.rule_id}: no interface {name}: this host has {', '.join(sorted(existing))}"
                     )
+
+
+def _listed(rule: Rule, installed: messages.RuleStats | None) -> dict[str, Any]:
+    """A rule as `list-rules` tells it, with its state and where its counters are in the stats segments."""
+    listed: dict[str, Any] = msgspec.to_builtins(rule)
+    if installed is None:
+        return {**listed, "state": "waiting: not installed yet", "slot": None, "output_slots": []}
+    slots = [output.slot for output in installed.outputs]
+    return {**listed, "state": installed.state, "slot": installed.slot, "output_slots": slots}

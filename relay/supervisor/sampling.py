@@ -104,6 +104,7 @@ class Sampler:
             bits_per_second=8 * self._rate(newer["bytes_relayed"], older["bytes_relayed"]),
             ring_fill_max_percent=min(count(worker.stats.header["ring_fill_max"].max()), 100),
             drops=worker_drops(worker),
+            stats_segment=worker.stats.name,
         )
 
     def stats(self, request_id: int) -> Stats:
@@ -130,7 +131,8 @@ class Sampler:
 
     def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:
         rule = planned.rule
-        counters = sample.rules[self._fleet.rule_slots[rule.rule_id]]
+        slot = self._fleet.rule_slots[rule.rule_id]
+        counters = sample.rules[slot]
         slots = [self._fleet.output_slots[rule.rule_id, output.output] for output in planned.outputs]
         sent, newer, older = sample.outputs[slots], self._newer.outputs[slots], self._older.outputs[slots]
         return RuleStats(
@@ -152,7 +154,9 @@ class Sampler:
                         DropCause.EGRESS_FULL.name.lower(): count(sent[i]["drops_full"]),
                         DropCause.SEND_ERROR.name.lower(): count(sent[i]["drops_error"]),
                     },
+                    slot=slots[i],
                 )
                 for i, output in enumerate(planned.outputs)
             ],
+            slot=slot,
         )
