@@ -32,6 +32,7 @@ PROGRAMS = {
     "nft": "nftables",
     "ethtool": "ethtool",
     "tmux": "tmux",
+    "tshark": "tshark",
 }
 
 

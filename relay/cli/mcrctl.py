@@ -13,6 +13,7 @@ import msgspec
 
 from relay import api
 from relay.cli import show
+from relay.cli.capture.command import capture
 from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
@@ -259,3 +260,4 @@ def log_level_set(level: str, facility: str | None, core: int | None, as_json: b
 
 
 main.command("top")(reports_errors(top))
+main.command("capture")(reports_errors(capture))

@@ -229,7 +229,7 @@ class ControlPlane:
     async def _list_rules(self) -> bytes:
         stats = await self._ask(messages.GetStats)
         installed = {rule.rule_id: rule for rule in stats.rules}
-        rules = [_listed(rule, installed.get(rule_id)) for rule_id, rule in self._rules.items()]
+        rules = [_listed(rule, installed.get(rule_id), self._interfaces) for rule_id, rule in self._rules.items()]
         return encode(api.Answer(ok=True, result=rules))
 
     def _check_interfaces(self, rules: tuple[Rule, ...]) -> None:
@@ -245,9 +245,10 @@ class ControlPlane:
                     )
 
 
-def _listed(rule: Rule, installed: messages.RuleStats | None) -> dict[str, Any]:
-    """A rule as `list-rules` tells it, with its state and where its counters are in the stats segments."""
+def _listed(rule: Rule, installed: messages.RuleStats | None, interfaces: tuple[str, ...]) -> dict[str, Any]:
+    """A rule as `list-rules` tells it: with the interfaces it listens on, its state, and where its counters are."""
     listed: dict[str, Any] = msgspec.to_builtins(rule)
+    listed["input_interfaces"] = [rule.input_interface] if rule.input_interface else interfaces
     if installed is None:
         return {**listed, "state": "waiting: not installed yet", "slot": None, "output_slots": []}
     slots = [output.slot for output in installed.outputs]
