@@ -1,5 +1,6 @@
 """The command `mcrctl capture`. What it needs takes a moment to import, so it is imported when it is called."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from relay.cli.capture.sides import SIDES, find, sides_of
 from relay.client import Client
 from relay.errors import ControlError, RuleError
 
+NICENESS = 10
 SNAPLEN_MAX = 262_144  # libpcap's MAXIMUM_SNAPLEN
 
 
@@ -42,6 +44,7 @@ def capture(
         raise ControlError("packets are no text for a terminal: give a file with -o, or pipe them to `tshark -r -`")
     with Client(socket) as client:
         rule = find(client.ask(api.ListRules()).result, rule_id)
+        cores = {worker["core"] for worker in client.ask(api.ListWorkers()).result}
     if rule["state"] != "active":
         tell(f"rule {rule_id} is {rule['state']}")
     sides = sides_of(rule, side)
@@ -49,7 +52,17 @@ def capture(
         raise RuleError(f"rule {rule_id} has no interface on that side")
     from relay.cli.capture.session import Session
 
+    give_way(cores)
     Session(rule_id, sides, snaplen, count, seconds, tell).run(None if is_stdout else output)
+
+
+def give_way(cores: set[int]) -> None:
+    """Stay off the workers' cores where there are others, and let the relay go first where there are not."""
+    others = os.sched_getaffinity(0) - cores
+    if others:
+        os.sched_setaffinity(0, others)
+    else:
+        os.nice(NICENESS)
 
 
 def tell(message: str) -> None:

@@ -24,6 +24,8 @@ from relay.errors import RelayError
 from relay.version import VERSION
 
 HELD_NS = 4 * BLOCK_TIMEOUT_MS * 1_000_000  # the kernel's timer may be late on a busy host
+BLOCKS_MAX = 8  # taken from one tap before the others' turn: one that is never empty must not keep them waiting
+NEVER_NS = (1 << 63) - 1
 QUIET_S = 2 * BLOCK_TIMEOUT_MS / 1000  # after which a tap whose filter is closed has nothing more
 PACKET_OUTGOING = 4
 # linux/if_packet.h: PACKET_HOST, PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST, PACKET_OUTGOING
@@ -69,7 +71,8 @@ class Session:
         self._tell = tell
         self._held: list[Packet] = []
         self._written = [0] * len(sides)
-        self._looked_ns = 0  # what came before was taken, but for the blocks that the kernel still fills
+        self._complete_ns = 0  # nothing older can come from any tap
+        self._last_ns = NEVER_NS  # what comes later is not wanted
         self._ending = False
 
     def end(self, number: int, frame: FrameType | None) -> None:
@@ -92,6 +95,8 @@ class Session:
 
     def _capture(self, taps: list[Tap], file: BinaryIO) -> None:
         start_ns = time.time_ns()
+        if self._seconds is not None:
+            self._last_ns = start_ns + int(self._seconds * 1e9)
         file.write(pcapng.section_header(f"mcrctl {VERSION}", platform.platform(), f"rule {self._rule_id}"))
         for side in self._sides:
             description = side.describe(self._rule_id)
@@ -102,9 +107,9 @@ class Session:
         self._until_told(taps, file)
         for tap in taps:
             tap.close_filter()
-        while not self._has_all() and self._collect(taps, QUIET_S):
-            self._write(file, None)
-        self._write(file, None)
+        while self._collect(taps, QUIET_S):
+            pass
+        self._write(file, NEVER_NS)
         end_ns = time.time_ns()
         for number, tap in enumerate(taps):
             tap.count()
@@ -115,15 +120,9 @@ class Session:
         self._report(taps)
 
     def _until_told(self, taps: list[Tap], file: BinaryIO) -> None:
-        deadline_s = time.monotonic() + self._seconds if self._seconds is not None else None
-        while not self._ending and not self._has_all():
-            left_s = BLOCK_TIMEOUT_MS / 1000
-            if deadline_s is not None:
-                left_s = min(left_s, deadline_s - time.monotonic())
-                if left_s <= 0:
-                    return
-            self._collect(taps, left_s)
-            self._write(file, self._looked_ns - HELD_NS)
+        while not (self._ending or self._has_all() or time.time_ns() > self._last_ns):
+            self._collect(taps, BLOCK_TIMEOUT_MS / 1000)
+            self._write(file, self._complete_ns)
 
     def _has_all(self) -> bool:
         return self._count is not None and sum(self._written) >= self._count
@@ -136,25 +135,33 @@ class Session:
         for descriptor, events in poll.poll(max(timeout_s, 0) * 1000):
             if events & select.POLLERR:
                 self._tell_error(next(tap for tap in taps if tap.fileno() == descriptor))
-        self._looked_ns = time.time_ns()  # before, as this process may be kept waiting in the middle
-        before = len(self._held)
-        for number, tap in enumerate(taps):
-            for frame in tap.take():
+        self._complete_ns = time.time_ns() - HELD_NS  # before, as this process may be kept waiting in the middle
+        taken = [self._take(number, tap) for number, tap in enumerate(taps)]
+        return any(taken)
+
+    def _take(self, number: int, tap: Tap) -> bool:
+        """Take what one tap has handed over; whether it was anything. A tap that has more yet holds the others up."""
+        time_ns = 0
+        for frame in tap.take(BLOCKS_MAX):
+            time_ns = frame.time_ns
+            if time_ns <= self._last_ns:
                 self._held += packets_of(number, frame, self._snaplen_bytes)
-        return len(self._held) > before
+        if tap.has_more():
+            self._complete_ns = min(self._complete_ns, time_ns)
+        return time_ns > 0
 
     def _tell_error(self, tap: Tap) -> None:
         error = tap.take_error()
         if error:
             self._tell(f"{tap.interface}: {os.strerror(error)}; what comes later is captured again")
 
-    def _write(self, file: BinaryIO, until_ns: int | None) -> None:
-        """Write what is older than `until_ns`, None for all, as far as it is wanted."""
+    def _write(self, file: BinaryIO, until_ns: int) -> None:
+        """Write what is older than `until_ns`, as far as it is wanted."""
         self._held.sort(key=_TIME)
         wanted = len(self._held) if self._count is None else max(self._count - sum(self._written), 0)
         done = 0
         for time_ns, interface, data, original_bytes, flags in self._held:
-            if done == wanted or (until_ns is not None and time_ns > until_ns):
+            if done == wanted or time_ns > until_ns:
                 break
             file.write(pcapng.enhanced_packet(interface, time_ns, data, original_bytes, flags))
             self._written[interface] += 1

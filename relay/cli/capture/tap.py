@@ -141,13 +141,17 @@ class Tap:
         """For poll: readable when a block has been handed over."""
         return self._socket.fileno()
 
-    def take(self) -> Iterator[Frame]:
+    def has_more(self) -> bool:
+        """Whether another block has been handed over."""
+        return bool(self._map[self._block * BLOCK_BYTES + _STATUS_OFFSET] & TP_STATUS_USER)
+
+    def take(self, blocks_max: int) -> Iterator[Frame]:
         """The frames of the blocks that were handed over."""
-        while True:
-            base = self._block * BLOCK_BYTES
-            _, _, status, count, first, *_ = _BLOCK.unpack_from(self._map, base)
-            if not status & TP_STATUS_USER:
+        for _ in range(blocks_max):
+            if not self.has_more():
                 return
+            base = self._block * BLOCK_BYTES
+            _, _, _, count, first, *_ = _BLOCK.unpack_from(self._map, base)
             yield from self._frames(base + first, count)
             struct.pack_into("<I", self._map, base + _STATUS_OFFSET, TP_STATUS_KERNEL)
             self._block = (self._block + 1) % (RING_BYTES // BLOCK_BYTES)
