@@ -70,6 +70,7 @@ class OutputStats(msgspec.Struct):
     packets: int
     bytes: int
     drops: dict[str, int]
+    slot: int  # of its counters in the stats segments
 
 
 class RuleStats(msgspec.Struct):
@@ -82,6 +83,7 @@ class RuleStats(msgspec.Struct):
     packets_per_second: float
     bits_per_second: float
     outputs: list[OutputStats]
+    slot: int  # of its counters in the stats segments
 
 
 class WorkerStats(msgspec.Struct):
@@ -98,6 +100,7 @@ class WorkerStats(msgspec.Struct):
     bits_per_second: float
     ring_fill_max_percent: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]
+    stats_segment: str  # where its counters are, in /dev/shm
     is_excluded: bool = False  # it keeps failing: others get its traffic
 
 

@@ -31,6 +31,8 @@ PROGRAMS = {
     "journalctl": "systemd",
     "nft": "nftables",
     "ethtool": "ethtool",
+    "tmux": "tmux",
+    "tshark": "tshark",
 }
 
 

@@ -17,6 +17,8 @@ from relay.cli.config import config
 from relay.cli.schema import schema
 from relay.cli.doctor import doctor
 from relay.cli.explain import explain
+from relay.cli.capture.command import capture
+from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
@@ -268,3 +270,7 @@ def log_level_get(facility: str | None, core: int | None, as_json: bool) -> None
 def log_level_set(level: str, facility: str | None, core: int | None, as_json: bool) -> None:
     """Log records as grave as LEVEL or graver."""
     _show_levels(api.LogLevel(level, facility, core), as_json)
+
+
+main.command("top")(reports_errors(top))
+main.command("capture")(reports_errors(capture))

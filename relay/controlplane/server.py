@@ -263,11 +263,8 @@ class ControlPlane:
 
     async def _list_rules(self) -> bytes:
         stats = await self._ask(messages.GetStats)
-        states = {rule.rule_id: rule.state for rule in stats.rules}
-        rules = [
-            {**msgspec.to_builtins(rule), "state": states.get(rule_id, "waiting: not installed yet")}
-            for rule_id, rule in self._rules.items()
-        ]
+        installed = {rule.rule_id: rule for rule in stats.rules}
+        rules = [_listed(rule, installed.get(rule_id), self._interfaces) for rule_id, rule in self._rules.items()]
         return encode(api.Answer(ok=True, result=rules))
 
     def _check_interfaces(self, rules: tuple[Rule, ...]) -> None:
@@ -281,3 +278,13 @@ class ControlPlane:
                     raise ControlError(
                         f"rule {rule.rule_id}: no interface {name}: this host has {', '.join(sorted(existing))}"
                     )
+
+
+def _listed(rule: Rule, installed: messages.RuleStats | None, interfaces: tuple[str, ...]) -> dict[str, Any]:
+    """A rule as `list-rules` tells it: with the interfaces it listens on, its state, and where its counters are."""
+    listed: dict[str, Any] = msgspec.to_builtins(rule)
+    listed["input_interfaces"] = [rule.input_interface] if rule.input_interface else interfaces
+    if installed is None:
+        return {**listed, "state": "waiting: not installed yet", "slot": None, "output_slots": []}
+    slots = [output.slot for output in installed.outputs]
+    return {**listed, "state": installed.state, "slot": installed.slot, "output_slots": slots}

@@ -24,12 +24,13 @@ def segment_name(core: int, instance: str | None) -> str:
 class StatsSegment:
     """A mapped stats segment. A context manager; the creator also unlinks it."""
 
-    def __init__(self, name: str, fd: int, owner: bool) -> None:
+    def __init__(self, name: str, fd: int, owner: bool, read_only: bool = False) -> None:
         self.name = name
         self._owner = owner
         self._fd = fd
         try:
-            self._map = mmap.mmap(fd, layout.STATS_BYTES)
+            protection = mmap.PROT_READ if read_only else mmap.PROT_READ | mmap.PROT_WRITE
+            self._map = mmap.mmap(fd, layout.STATS_BYTES, prot=protection)
         except BaseException:
             os.close(fd)
             raise
@@ -59,10 +60,15 @@ class StatsSegment:
         return segment
 
     @classmethod
-    def attach(cls, core: int, instance: str | None) -> Self:
-        """Map an existing segment. Raises posix_ipc.ExistentialError when there is none."""
+    def attach(cls, core: int, instance: str | None, read_only: bool = False) -> Self:
+        """Map an existing segment.
+
+        Raises posix_ipc.ExistentialError when there is none, posix_ipc.PermissionsError when it is another's,
+        ValueError when it is too short.
+        """
         name = segment_name(core, instance)
-        return cls(name, posix_ipc.SharedMemory(f"/{name}").fd, owner=False)
+        fd = posix_ipc.SharedMemory(f"/{name}", read_only=read_only).fd
+        return cls(name, fd, owner=False, read_only=read_only)
 
     def ring_doorbell(self) -> None:
         """Have the worker look for messages. It may have left any number there."""

@@ -105,6 +105,7 @@ class Sampler:
             ring_fill_max_percent=min(count(worker.stats.header["ring_fill_max"].max()), 100),
             drops=worker_drops(worker),
             is_excluded=worker.is_excluded,
+            stats_segment=worker.stats.name,
         )
 
     def stats(self, request_id: int) -> Stats:
@@ -131,7 +132,8 @@ class Sampler:
 
     def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:
         rule = planned.rule
-        counters = sample.rules[self._fleet.rule_slots[rule.rule_id]]
+        slot = self._fleet.rule_slots[rule.rule_id]
+        counters = sample.rules[slot]
         slots = [self._fleet.output_slots[rule.rule_id, output.output] for output in planned.outputs]
         sent, newer, older = sample.outputs[slots], self._newer.outputs[slots], self._older.outputs[slots]
         return RuleStats(
@@ -153,7 +155,9 @@ class Sampler:
                         DropCause.EGRESS_FULL.name.lower(): count(sent[i]["drops_full"]),
                         DropCause.SEND_ERROR.name.lower(): count(sent[i]["drops_error"]),
                     },
+                    slot=slots[i],
                 )
                 for i, output in enumerate(planned.outputs)
             ],
+            slot=slot,
         )

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relay import bpf
+from relay.cli.capture import tap
 from relay.dataplane import layout, memory, uring, uring_params
 
 HEADERS = (
@@ -16,13 +18,23 @@ HEADERS = (
     "poll.h",
     "sys/socket.h",
     "netinet/in.h",
+    "linux/filter.h",
     "linux/if_packet.h",
     "linux/virtio_net.h",
     "linux/io_uring.h",
 )
+BLOCK_FIELDS: dict[str, str | None] = {
+    name: f"hdr.bh1.{name}" for name in tap.TPACKET_BLOCK_DESC.names or () if name not in ("version", "offset_to_priv")
+}
+TPACKET3_FIELDS: dict[str, str | None] = {
+    name: f"hv1.{name}" for name in ("tp_rxhash", "tp_vlan_tci", "tp_vlan_tpid")
+} | {"tp_padding0": None}
 # dtype, C type, and our field names where they differ: kernel unions, and names C has no right to
 STRUCTS: list[tuple[str, Any, str, dict[str, str | None]]] = [
     ("TPACKET2_HDR", layout.TPACKET2_HDR, "struct tpacket2_hdr", {}),
+    ("TPACKET_REQ3", tap.TPACKET_REQ3, "struct tpacket_req3", {}),
+    ("TPACKET_BLOCK_DESC", tap.TPACKET_BLOCK_DESC, "struct tpacket_block_desc", BLOCK_FIELDS),
+    ("TPACKET3_HDR", tap.TPACKET3_HDR, "struct tpacket3_hdr", TPACKET3_FIELDS),
     ("SOCKADDR_LL", layout.SOCKADDR_LL, "struct sockaddr_ll", {}),
     ("VIRTIO_NET_HDR", layout.VIRTIO_NET_HDR, "struct virtio_net_hdr", {}),
     ("IOVEC", layout.IOVEC, "struct iovec", {}),
@@ -40,6 +52,11 @@ CONSTANTS = {
     "TP_STATUS_VLAN_VALID": layout.TP_STATUS_VLAN_VALID,
     "TP_STATUS_CSUM_VALID": layout.TP_STATUS_CSUM_VALID,
     "PACKET_OTHERHOST": layout.PACKET_OTHERHOST,
+    "PACKET_OUTGOING": bpf.PACKET_OUTGOING,
+    "TP_STATUS_VLAN_TPID_VALID": tap.TP_STATUS_VLAN_TPID_VALID,
+    "TPACKET_V3": tap.TPACKET_V3,
+    "TPACKET_ALIGN(sizeof(struct tpacket3_hdr)) + offsetof(struct sockaddr_ll, sll_pkttype)": tap.SLL_PKTTYPE,
+    "(unsigned)SKF_AD_OFF + SKF_AD_PKTTYPE": bpf.SKF_AD_PKTTYPE,
     "IORING_SETUP_CQSIZE": uring_params.IORING_SETUP_CQSIZE,
     "IORING_SETUP_SUBMIT_ALL": uring_params.IORING_SETUP_SUBMIT_ALL,
     "IORING_SETUP_SINGLE_ISSUER": uring_params.IORING_SETUP_SINGLE_ISSUER,
