@@ -74,3 +74,35 @@ class Answer(msgspec.Struct):
     result: Any = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
+
+
+# --- results ------------------------------------------------------------------------------------------
+# Of GetStats and ListWorkers: Stats and WorkerStats of relay/messages.py. Fields that come later have defaults, so that
+# a client reads the answers of a relay that does not know them.
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """Of Ping."""
+
+    version: str
+
+
+class Added(msgspec.Struct, frozen=True):
+    """Of AddRules: the ids in the order of the request; those of rules that were active already; what to know."""
+
+    rule_ids: tuple[str, ...]
+    unchanged: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """Of RemoveRules."""
+
+    rule_ids: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class ActiveRule(Rule, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """One of ListRules: "active", or "waiting: <why>"."""
+
+    state: str
