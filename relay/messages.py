@@ -78,6 +78,7 @@ class RuleStats(msgspec.Struct):
     packets_per_second: float
     bits_per_second: float
     outputs: list[OutputStats]
+    last_packet_unix_s: float | None = None  # when its last datagram came; None before the first
 
 
 class WorkerStats(msgspec.Struct):
@@ -94,6 +95,7 @@ class WorkerStats(msgspec.Struct):
     bits_per_second: float
     ring_fill_max_percent: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]
+    restarts: int = 0  # processes that ended although nobody told them to
 
 
 class Stats(msgspec.Struct, tag=True):

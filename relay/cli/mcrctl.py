@@ -1,9 +1,7 @@
 """mcrctl: the control client. Each command is one request; --json prints the answer as it came."""
 
-import contextlib
 import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,9 @@ from relay import api
 from relay.cli import show
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
-from relay.errors import RelayError, RuleError, UnreachableError
+from relay.errors import RelayError, RuleError
 from relay.rules import Output, Rule, parse_output, parse_ttl
 from relay.version import VERSION
-
-RESTART_S_MAX = 30.0
-RESTART_POLL_S = 0.05
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -201,27 +196,23 @@ def ping(as_json: bool) -> None:
 def restart(context: click.Context) -> None:
     """Start the relay anew, as after an upgrade. Its sockets and rules stay, and no datagram is lost."""
     with Client(context.obj) as client:
-        former = {worker["pid"] for worker in client.ask(api.ListWorkers()).result}
-        with contextlib.suppress(UnreachableError):  # it may be gone before it has answered
-            client.ask(api.Restart())
-    deadline_s = time.monotonic() + RESTART_S_MAX
-    while not _are_replaced(context.obj, former):
-        if time.monotonic() > deadline_s:
-            raise UnreachableError(
-                f"{context.obj}: not all workers were replaced in {RESTART_S_MAX:.0f} s: see the log"
-            )
-        time.sleep(RESTART_POLL_S)
-    click.echo(f"restarted: {len(former)} workers replaced")
+        replaced = client.restart()
+    click.echo(f"restarted: {replaced} workers replaced")
 
 
-def _are_replaced(path: Path, former: set[int]) -> bool:
-    """Whether every worker runs and is none of the former ones."""
-    try:
-        with Client(path) as client:
-            workers = client.ask(api.ListWorkers()).result
-    except UnreachableError:
-        return False
-    return all(worker["state"] == "running" and worker["pid"] not in former for worker in workers)
+@main.command("metrics")
+@click.option("--listen", metavar="ADDRESS:PORT|unix:PATH", help="Serve over HTTP. [default: 127.0.0.1:9464]")
+@click.option("--once", is_flag=True, help="Print them once instead, for a textfile collector.")
+@click.pass_context
+@reports_errors
+def metrics(context: click.Context, listen: str | None, once: bool) -> None:
+    """Serve the relay's metrics to Prometheus, in the foreground, over restarts of the relay."""
+    from relay.cli import metrics  # prometheus_client is slow to load
+
+    if once:
+        metrics.print_once(context.obj)
+    else:
+        metrics.serve(context.obj, listen or "127.0.0.1:9464")
 
 
 @main.group("log-level")

@@ -314,6 +314,7 @@ class Nursery:
         if pidfd is not None:
             os.close(pidfd)
         self._fleet.worker_gone(worker)
+        worker.restarts += 1
         how = describe_status(os.waitstatus_to_exitcode(exited.status))
         words = last_words(worker.logs.rings.values())
         last = f"it last logged: {words}" if words else "it had logged nothing"

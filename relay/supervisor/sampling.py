@@ -36,6 +36,12 @@ def count(number: Any) -> int:
     return min(max(int(number), 0), COUNT_MAX)
 
 
+def unix_s(monotonic_ns: Any) -> float | None:
+    """A worker's time as one of the wall clock, to the millisecond; None for 0, which is never, and for the future."""
+    age_ns = time.monotonic_ns() - int(monotonic_ns)
+    return round(time.time() - age_ns / 1e9, 3) if monotonic_ns > 0 and age_ns >= 0 else None
+
+
 def worker_totals(worker: Worker) -> dict[str, int]:
     """The counters of a worker by name."""
     return {name: count(worker.stats.header[name]) for name in WORKER_TOTALS}
@@ -56,7 +62,9 @@ def _sum_fields(arrays: list[Any]) -> Any:
     total = arrays[0].copy()
     for array in arrays[1:]:
         for name in total.dtype.names:
-            if name not in ("last_ns", "last_errno", "pad"):
+            if name == "last_ns":
+                np.maximum(total[name], array[name], out=total[name])
+            elif name not in ("last_errno", "pad"):
                 total[name] += array[name]
     return total
 
@@ -104,6 +112,7 @@ class Sampler:
             bits_per_second=8 * self._rate(newer["bytes_relayed"], older["bytes_relayed"]),
             ring_fill_max_percent=min(count(worker.stats.header["ring_fill_max"].max()), 100),
             drops=worker_drops(worker),
+            restarts=worker.restarts,
         )
 
     def stats(self, request_id: int) -> Stats:
@@ -155,4 +164,5 @@ class Sampler:
                 )
                 for i, output in enumerate(planned.outputs)
             ],
+            last_packet_unix_s=unix_s(counters["last_ns"]),
         )
