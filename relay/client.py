@@ -139,7 +139,7 @@ class Client:
         return self._call(calls.remove_rules(rule_ids))
 
     def log_levels(self, *, facility: str | None = None, core: int | None = None) -> dict[str, str]:
-        """The least severity that is logged, by facility."""
+        """The least severity that is logged, by ring."""
         return self._call(calls.log_level(None, facility, core))
 
     def set_log_level(self, level: str, *, facility: str | None = None, core: int | None = None) -> dict[str, str]:
