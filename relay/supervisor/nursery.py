@@ -84,6 +84,11 @@ class Nursery:
         self._open = True
         self._spawn_all()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether workers may be spawned."""
+        return self._open
+
     def watch(self, give_up: Callable[[], None]) -> None:
         """Start the template again when it ended; give up when none ever came up."""
         if self._template is None or self._template.poll() is None:
