@@ -32,6 +32,10 @@ PROGRAMS = {
     "nft": "nftables",
     "ethtool": "ethtool",
     "promtool": "prometheus",
+    "mandoc": "mandoc",
+    "logrotate": "logrotate",
+    "zsh": "zsh",
+    "fish": "fish",
 }
 
 

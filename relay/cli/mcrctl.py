@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from relay import api
-from relay.cli import show
+from relay.cli import completion, show
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
 from relay.errors import RelayError, RuleError
@@ -77,14 +77,14 @@ def _single_output(
 @main.command("add-rule")
 @click.option("--rule-id", metavar="ID", default="", help="[default: a hash of the rule]")
 @click.option("--input-group", metavar="G", help="Multicast group, or a unicast address of this host.")
-@click.option("--input-port", type=int, metavar="P")
+@click.option("--input-port", type=int, metavar="P", help="UDP port.")
 @click.option("--input-interface", metavar="I", help="[default: every interface of the relay]")
 @click.option("--source", metavar="S", help="Only datagrams of this sender.")
 @click.option("--output-group", metavar="G", help="Multicast group or unicast address.")
-@click.option("--output-port", type=int, metavar="P")
-@click.option("--output-interface", metavar="I")
+@click.option("--output-port", type=int, metavar="P", help="UDP port.")
+@click.option("--output-interface", metavar="I", help="It leaves here.")
 @click.option("--ttl", metavar="N|decrement", help="[default: 1 for multicast]")
-@click.option("--dscp", type=int, metavar="N")
+@click.option("--dscp", type=int, metavar="N", help="0 to 63. [default: 0]")
 @click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
 @click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
 @click.option("--replace", is_flag=True, help="Change the rule of this id.")
@@ -138,7 +138,7 @@ def add_rule(
 
 
 @main.command("remove-rule")
-@click.argument("rule_ids", metavar="ID…", nargs=-1, required=True)
+@click.argument("rule_ids", metavar="ID…", nargs=-1, required=True, shell_complete=completion.rule_ids)
 @json_option
 @reports_errors
 def remove_rule(rule_ids: tuple[str, ...], as_json: bool) -> None:
@@ -215,6 +215,14 @@ def metrics(context: click.Context, listen: str | None, once: bool) -> None:
         metrics.serve(context.obj, listen or "127.0.0.1:9464")
 
 
+@main.command("completion")
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+@click.option("--program", type=click.Choice(list(completion.PROGRAMS)), default="mcrctl", help="[default: mcrctl]")
+def print_completion(shell: str, program: str) -> None:
+    """Print a shell's completion script, such as for: source <(mcrctl completion bash)"""
+    click.echo(completion.script(shell, program), nl=False)
+
+
 @main.group("log-level")
 def log_level() -> None:
     """Which severities are logged."""
@@ -228,8 +236,8 @@ def _show_levels(request: api.LogLevel, as_json: bool) -> None:
 
 
 @log_level.command("get")
-@click.option("--facility")
-@click.option("--core", type=int)
+@click.option("--facility", help="Only this one, such as Ingress.")
+@click.option("--core", type=int, help="Only this worker's.")
 @json_option
 @reports_errors
 def log_level_get(facility: str | None, core: int | None, as_json: bool) -> None:

@@ -1,6 +1,11 @@
-"""Both clients, and the examples of docs/api.md, with a live relay in a namespace."""
+"""What other software uses to live with a relay: both clients and the examples of docs/api.md, shells, terminals,
+logrotate. One live relay in a namespace.
+"""
 
 import asyncio
+import contextlib
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -10,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from relay import AsyncClient, Client, ControlError, Output, Rule, Stats
-from tests.system.harness import Relay
+from tests.system.harness import BIN, Relay, wait_until
 from tests.test_docs import examples
+from tools.environment import CHECKOUT
 from tools.netns import Host
 
 FIRST, SECOND = examples("api.md")
@@ -24,7 +30,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         host.ip("addr", "add", "10.0.0.1/24", "dev", "eth1")
         for end in ("eth1", "far"):
             host.ip("link", "set", end, "up")
-        relay = Relay(host, tmp_path_factory.mktemp("api"), ("lo",))
+        folder = tmp_path_factory.mktemp("live")
+        relay = Relay(host, folder, ("lo",), 1, "--log-to", "stdout:", "--log-to", f"file:{folder}/mcr.log")
         yield relay
         relay.kill()
 
@@ -87,6 +94,53 @@ def test_an_example_prints_what_it_says(live: Relay, tmp_path: Path, program: st
     file.write_text(re.sub(r"Client\(", f'Client("{live.socket}", ', program))
     result = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, prints), result.stderr
+
+
+def test_a_shell_completes_the_ids_of_rules(live: Relay) -> None:
+    with Client(live.socket, 30) as client:
+        client.add_rules([rule("news-1"), rule("news-2", 6002), rule("sport", 6003)])
+        words = ["mcrctl", "--socket", str(live.socket), "remove-rule", "news"]
+        environment = {"COMP_WORDS": " ".join(words), "COMP_CWORD": "4", "_MCRCTL_COMPLETE": "bash_complete"}
+        printed = subprocess.run(
+            [BIN / "mcrctl"], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+        assert printed.stdout.split() == ["plain,news-1", "plain,news-2"]
+        client.remove_rules(["news-1", "news-2", "sport"])
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_colours_are_for_terminals_whose_user_wants_them(live: Relay, no_color: str) -> None:
+    command = [str(BIN / "mcrctl"), "--socket", str(live.socket), "list-workers"]
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": no_color}
+    piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "\x1b" not in piped.stdout
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(command, env=environment, stdin=follower, stdout=follower, stderr=follower)
+        os.close(follower)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end open any more
+            while received := terminal.read(65536):
+                shown += received
+        assert process.wait() == 0
+    assert b"running" in shown
+    assert re.findall(rb"\x1b\[[0-9;]*[34]\dm", shown) == []  # no colour of its own; bold is none
+
+
+def test_logrotate_moves_a_log_and_the_relay_goes_on_in_another(live: Relay, tmp_path: Path) -> None:
+    log = live.log.parent / "mcr.log"
+    wait_until(lambda: "Control plane worker started" in log.read_text(), "lines are written")
+    recipe = (CHECKOUT / "packaging" / "logrotate" / "mcr").read_text()
+    recipe = recipe.replace("/var/log/mcr/*.log", str(log)).replace("su mcr mcr", "su root root")
+    recipe = re.sub(r"systemctl kill .*", f"kill -HUP {live.pid}", recipe)
+    assert f"kill -HUP {live.pid}" in recipe
+    file = tmp_path / "logrotate.conf"
+    file.write_text(recipe)
+    command = ["logrotate", "--force", "--state", str(tmp_path / "state"), str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    wait_until(lambda: log.exists() and "Configuration read again" in log.read_text(), "another file has new lines")
+    assert "Control plane worker started" in log.with_name("mcr.log.1").read_text()
 
 
 def test_a_restart_returns_when_every_worker_is_another(live: Relay) -> None:
