@@ -143,10 +143,13 @@ def are_replaced(workers: Iterable[Mapping[str, Any]], former: frozenset[int]) -
 
 def unreachable(path: Path, error: OSError) -> UnreachableError:
     """Nobody answers at `path`."""
-    reason = "its queue of clients stayed full" if error.errno == errno.EAGAIN else error.strerror
-    return UnreachableError(
-        f"no relay answers on {path}: {reason}: start one with `sudo make run IFACE=…`, or give --socket or --instance"
-    )
+    reason = error.strerror or str(error)
+    remedy = "start one with `sudo make run IFACE=…`, or give --socket or --instance"
+    if error.errno == errno.EAGAIN:
+        reason = "its queue of clients stayed full"
+    elif error.errno == errno.EACCES:
+        remedy = "ask as root, or as a member of the relay's --socket-group"
+    return UnreachableError(f"no relay answers on {path}: {reason}: {remedy}")
 
 
 def too_slow(path: Path, timeout_s: float) -> UnreachableError:

@@ -113,6 +113,7 @@ class Stats(msgspec.Struct, tag=True):
     drops: dict[str, int]
     rules: list[RuleStats]
     workers: list[WorkerStats]
+    version: str = ""  # of the supervisor
 
 
 class Workers(msgspec.Struct, tag=True):

@@ -48,9 +48,8 @@ class RelayCollector(Collector):
         yield GaugeMetricFamily(*UP, value=float(answered is not None))
         if answered is None:
             return
-        version, everything = answered
-        yield InfoMetricFamily(*BUILD, value={"version": version})
-        stats, rules, outputs = limited(everything)
+        yield InfoMetricFamily(*BUILD, value={"version": answered.version})
+        stats, rules, outputs = limited(answered)
         omitted = GaugeMetricFamily(*OMITTED, labels=("kind",))
         omitted.add_metric(("rules",), rules)
         omitted.add_metric(("outputs",), outputs)
@@ -58,10 +57,10 @@ class RelayCollector(Collector):
         for family in FAMILIES:
             yield family.fill(stats)
 
-    def _ask(self) -> tuple[str, Stats] | None:
+    def _ask(self) -> Stats | None:
         try:
             with Client(self._control_socket, ASK_S_MAX) as client:
-                answered = client.ping().version, client.stats()
+                answered = client.stats()  # one request: the relay logs each
         except RelayError as error:
             if self._fault is None:
                 self._report(str(error))

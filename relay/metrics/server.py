@@ -164,7 +164,8 @@ def serving(address: Address, collector: Collector) -> Iterator[tuple[str, Calla
             server = stack.enter_context(_listening(address))
         except OSError as error:
             shown = f"{UNIX}{address}" if isinstance(address, Path) else ":".join(map(str, address))
-            raise ConfigError(f"--listen {shown}: {error.strerror}: give a free address of this host") from error
+            reason = error.strerror or error
+            raise ConfigError(f"--listen {shown}: {reason}: give a free address of this host") from error
         server.set_app(make_wsgi_app(registry))
         yield _name(server, address), server.serve_forever
 

@@ -17,6 +17,7 @@ from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.version import VERSION
 
 WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
 
@@ -135,6 +136,7 @@ class Sampler:
             drops=drops,
             rules=[self._rule(sample, planned) for planned in self._fleet.plan.rules],
             workers=workers,
+            version=VERSION,
         )
 
     def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:

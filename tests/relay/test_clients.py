@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import json
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 import relay
-from relay import api
+from relay import api, calls
 from relay.async_client import AsyncClient
 from relay.client import Client
 from relay.errors import ControlError, UnreachableError
@@ -146,6 +147,17 @@ def test_a_refusal_has_the_relays_words(tmp_path: Path, run: Run) -> None:
 def test_no_relay_is_told_with_the_remedy(tmp_path: Path, run: Run) -> None:
     with pytest.raises(UnreachableError, match=r"No such file or directory: start one with `sudo make run"):
         run(tmp_path / "none", 1)
+
+
+@both
+def test_a_path_that_no_socket_can_have_is_told(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(UnreachableError, match="AF_UNIX path too long: start one"):
+        run(tmp_path / ("s" * 120), 1)
+
+
+def test_who_may_not_connect_is_told_whom_to_ask_as() -> None:
+    error = calls.unreachable(Path("/run/mcr/control.sock"), PermissionError(errno.EACCES, "Permission denied"))
+    assert str(error).endswith("Permission denied: ask as root, or as a member of the relay's --socket-group")
 
 
 @both

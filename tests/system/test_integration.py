@@ -141,17 +141,3 @@ def test_logrotate_moves_a_log_and_the_relay_goes_on_in_another(live: Relay, tmp
     assert (result.returncode, result.stderr) == (0, "")
     wait_until(lambda: log.exists() and "Configuration read again" in log.read_text(), "another file has new lines")
     assert "Control plane worker started" in log.with_name("mcr.log.1").read_text()
-
-
-def test_a_restart_returns_when_every_worker_is_another(live: Relay) -> None:
-    """Of the client for asyncio; mcrctl uses the other one's, see test_handover.py."""
-
-    async def run() -> None:
-        async with AsyncClient(live.socket, 30) as client:
-            (former,) = await client.workers()
-            assert await client.restart() == 1
-            (worker,) = await client.workers()
-            assert (worker.state, worker.pid != former.pid) == ("running", True)
-
-    asyncio.run(run())
-    live.wait_for_log("Took over from supervisor")

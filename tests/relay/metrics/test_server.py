@@ -126,6 +126,11 @@ def test_a_killed_servers_socket_is_replaced_and_anything_else_kept(tmp_path: Pa
     assert path.read_text() == "kept"
 
 
+def test_a_path_that_no_socket_can_have_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="AF_UNIX path too long"), served(tmp_path / ("s" * 120), tmp_path):
+        pass
+
+
 def test_an_address_in_use_is_told(tmp_path: Path) -> None:
     with served(("127.0.0.1", 0), tmp_path) as (where, _):
         port = int(where.split("/")[2].split(":")[1])
