@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 endif
 ARGS ?=
 
-.PHONY: help setup run test lint demo bench bench-log soak fuzz lock clean
+.PHONY: help setup run test lint demo bench bench-log soak fuzz man dist lock clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
@@ -51,9 +51,15 @@ fuzz: setup ## the fuzz tests' long run: frames, segments, counters, messages (a
 	@MCR_FUZZ_FRAMES=$${MCR_FUZZ_FRAMES:-10000000} MCR_FUZZ_SEGMENTS=$${MCR_FUZZ_SEGMENTS:-1000000} \
 		MCR_FUZZ_MESSAGES=$${MCR_FUZZ_MESSAGES:-1000000} $(BIN)/python -m pytest -o timeout=7200 -rP $(FUZZ) $(ARGS)
 
+man: setup ## manual pages and shell completions, into packaging/share
+	@$(BIN)/python -m tools.man
+
+dist: man ## wheel and sdist, into dist
+	@$(BIN)/python -m build --no-isolation
+
 lock: ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev \
 		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
 
 clean: ## remove what setup made
-	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv packaging/share build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -84,6 +84,7 @@ class RuleStats(msgspec.Struct):
     bits_per_second: float
     outputs: list[OutputStats]
     slot: int  # of its counters in the stats segments
+    last_packet_unix_s: float | None = None  # when its last datagram came; None before the first
 
 
 class WorkerStats(msgspec.Struct):
@@ -102,6 +103,7 @@ class WorkerStats(msgspec.Struct):
     drops: dict[str, int]
     stats_segment: str  # where its counters are, in /dev/shm
     is_excluded: bool = False  # it keeps failing: others get its traffic
+    restarts: int = 0  # processes that ended although nobody told them to
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -119,6 +121,7 @@ class Stats(msgspec.Struct, tag=True):
     drops: dict[str, int]
     rules: list[RuleStats]
     workers: list[WorkerStats]
+    version: str = ""  # of the supervisor
 
 
 class Workers(msgspec.Struct, tag=True):

@@ -33,6 +33,11 @@ PROGRAMS = {
     "ethtool": "ethtool",
     "tmux": "tmux",
     "tshark": "tshark",
+    "promtool": "prometheus",
+    "mandoc": "mandoc",
+    "logrotate": "logrotate",
+    "zsh": "zsh",
+    "fish": "fish",
 }
 
 

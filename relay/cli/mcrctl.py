@@ -1,9 +1,7 @@
 """mcrctl: the control client. Each command is one request; --json prints the answer as it came."""
 
-import contextlib
 import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,23 +10,20 @@ import click
 import msgspec
 
 from relay import api
-from relay.cli import show
+from relay.cli import completion, show
+from relay.cli.capture.command import capture
 from relay.cli.config import config
-from relay.cli.schema import schema
 from relay.cli.doctor import doctor
 from relay.cli.explain import explain
-from relay.cli.capture.command import capture
+from relay.cli.schema import schema
 from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
-from relay.errors import RelayError, RuleError, UnreachableError
+from relay.errors import RelayError, RuleError
 from relay.ranges import ConfiguredOutput, ConfiguredRule, expand
 from relay.rules import parse_ttl, split_output
 from relay.version import VERSION
-
-RESTART_S_MAX = 30.0
-RESTART_POLL_S = 0.05
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,14 +89,14 @@ def _single_output(
 @main.command("add-rule")
 @click.option("--rule-id", metavar="ID", default="", help="With {group}, {port} or {n} for a range. [default: a hash]")
 @click.option("--input-group", metavar="G", help="Multicast group, a unicast address of this host, or a range of them.")
-@click.option("--input-port", metavar="P", help="A port, or a range such as 5000-5099.")
+@click.option("--input-port", metavar="P", help="A UDP port, or a range such as 5000-5099.")
 @click.option("--input-interface", metavar="I", help="[default: every interface of the relay]")
 @click.option("--source", metavar="S", help="Only datagrams of this sender.")
 @click.option("--output-group", metavar="G", help="Multicast group or unicast address.")
-@click.option("--output-port", metavar="P")
-@click.option("--output-interface", metavar="I")
+@click.option("--output-port", metavar="P", help="UDP port.")
+@click.option("--output-interface", metavar="I", help="It leaves here.")
 @click.option("--ttl", metavar="N|decrement", help="[default: 1 for multicast]")
-@click.option("--dscp", type=int, metavar="N")
+@click.option("--dscp", type=int, metavar="N", help="0 to 63. [default: 0]")
 @click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
 @click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
 @click.option("--replace", is_flag=True, help="Change the rule of this id.")
@@ -154,7 +149,7 @@ def add_rule(
 
 
 @main.command("remove-rule")
-@click.argument("rule_ids", metavar="ID…", nargs=-1, required=True)
+@click.argument("rule_ids", metavar="ID…", nargs=-1, required=True, shell_complete=completion.rule_ids)
 @json_option
 @reports_errors
 def remove_rule(rule_ids: tuple[str, ...], as_json: bool) -> None:
@@ -216,27 +211,31 @@ main.command("doctor")(json_option(reports_errors(doctor)))
 def restart(context: click.Context) -> None:
     """Start the relay anew, as after an upgrade. Its sockets and rules stay, and no datagram is lost."""
     with Client(context.obj) as client:
-        former = {worker["pid"] for worker in client.ask(api.ListWorkers()).result}
-        with contextlib.suppress(UnreachableError):  # it may be gone before it has answered
-            client.ask(api.Restart())
-    deadline_s = time.monotonic() + RESTART_S_MAX
-    while not _are_replaced(context.obj, former):
-        if time.monotonic() > deadline_s:
-            raise UnreachableError(
-                f"{context.obj}: not all workers were replaced in {RESTART_S_MAX:.0f} s: see the log"
-            )
-        time.sleep(RESTART_POLL_S)
-    click.echo(f"restarted: {len(former)} workers replaced")
+        replaced = client.restart()
+    click.echo(f"restarted: {replaced} workers replaced")
 
 
-def _are_replaced(path: Path, former: set[int]) -> bool:
-    """Whether every worker runs and is none of the former ones."""
-    try:
-        with Client(path) as client:
-            workers = client.ask(api.ListWorkers()).result
-    except UnreachableError:
-        return False
-    return all(worker["state"] == "running" and worker["pid"] not in former for worker in workers)
+@main.command("metrics")
+@click.option("--listen", metavar="ADDRESS:PORT|unix:PATH", help="Serve over HTTP. [default: 127.0.0.1:9464]")
+@click.option("--once", is_flag=True, help="Print them once instead, for a textfile collector.")
+@click.pass_context
+@reports_errors
+def metrics(context: click.Context, listen: str | None, once: bool) -> None:
+    """Serve the relay's metrics to Prometheus, in the foreground, over restarts of the relay."""
+    from relay.cli import metrics  # prometheus_client is slow to load
+
+    if once:
+        metrics.print_once(context.obj)
+    else:
+        metrics.serve(context.obj, listen or "127.0.0.1:9464")
+
+
+@main.command("completion")
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+@click.option("--program", type=click.Choice(list(completion.PROGRAMS)), default="mcrctl", help="[default: mcrctl]")
+def print_completion(shell: str, program: str) -> None:
+    """Print a shell's completion script, such as for: source <(mcrctl completion bash)"""
+    click.echo(completion.script(shell, program), nl=False)
 
 
 @main.group("log-level")
@@ -252,8 +251,8 @@ def _show_levels(request: api.LogLevel, as_json: bool) -> None:
 
 
 @log_level.command("get")
-@click.option("--facility")
-@click.option("--core", type=int)
+@click.option("--facility", help="Only this one, such as Ingress.")
+@click.option("--core", type=int, help="Only this worker's.")
 @json_option
 @reports_errors
 def log_level_get(facility: str | None, core: int | None, as_json: bool) -> None:

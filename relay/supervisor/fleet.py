@@ -103,6 +103,7 @@ class Worker:
     rings: dict[int, socket.socket] = field(default_factory=dict)  # by ring number
     channel: Channel[FromWorker] | None = None
     pid: int = 0
+    restarts: int = 0
     running: bool = False
     started_s: float = 0.0
     generation: int = -1

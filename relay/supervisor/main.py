@@ -61,6 +61,7 @@ from relay.supervisor.nursery import Nursery
 from relay.supervisor.orphans import LISTENER, claim, end, take_over
 from relay.supervisor.restart import Restarter
 from relay.supervisor.sampling import Sampler
+from relay.supervisor.service import ServiceManager
 from relay.supervisor.state import VERSION as STATE_VERSION
 from relay.supervisor.state import State, state_file
 from relay.supervisor.timers import Timers
@@ -225,6 +226,8 @@ class Supervisor:
         self._stack.callback(lambda: self._keeper.close(former_stays=self._orphans is not None))
         self._monitor = self._stack.enter_context(contextlib.closing(interfaces.InterfaceMonitor()))
         self._selector.register(self._monitor, selectors.EVENT_READ, self._on_interfaces)
+        self._service = ServiceManager(self._timers, self._is_ready, self._status)
+        self._stack.callback(self._service.close)
         self._wakeup = self._stack.enter_context(_signal_socket())
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_signals)
         rules = tuple(self._rules.values())
@@ -252,6 +255,7 @@ class Supervisor:
         self._timers.after(TICK_S, self._tick)
         if self._options.stats_interval_s:
             self._timers.after(self._options.stats_interval_s, self._report_again)
+        self._service.start()
 
     def _turn(self) -> None:
         """Wait for the next event and deal with it."""
@@ -263,6 +267,22 @@ class Supervisor:
         self._timers.run_due()
         self._changes.settle()
         self._publish()
+        self._service.look()
+
+    def _is_ready(self) -> bool:
+        """Clients are served, and every worker runs that gets traffic."""
+        return self._nursery.is_open and all(worker.running or worker.is_excluded for worker in self._fleet.workers)
+
+    def _status(self) -> str:
+        """One line for a service manager."""
+        workers = self._sampler.workers()
+        states = [planned.state for planned in self._fleet.plan.rules]
+        waiting = len(states) - states.count("active")
+        return (
+            f"{len(states)} rules{f' ({waiting} waiting)' if waiting else ''}, {len(workers)} workers, "
+            f"{sum(w.packets_per_second for w in workers):.0f} packets/s, "
+            f"{sum(w.bits_per_second for w in workers):.0f} bit/s"
+        )
 
     def _publish(self) -> None:
         """Have the next supervisor find what this one has open, whenever that has changed.
@@ -309,6 +329,7 @@ class Supervisor:
         if not self._restarting:
             return
         self._log.notice("Starting anew: workers go on relaying")
+        self._service.reloading()
         self._link.stop()
         self._log_drain.stop()
         if self._exclusive is not None:
@@ -317,6 +338,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         """End the workers when their rings are empty, then the control plane; nobody outlives this."""
+        self._service.stopping()
         if self._orphans is not None:
             end(self._orphans.predecessors.values())
             self._orphans.close()
@@ -340,7 +362,9 @@ class Supervisor:
             if number in ENDING:
                 self._stopping, self._restarting = True, False
             elif number == signal.SIGHUP:
+                self._service.reloading()
                 self._reconfigure()
+                self._service.reloaded()
 
     def _reconfigure(self) -> None:
         """Read the configuration again and let the control plane install its rules; open log files anew."""

@@ -87,6 +87,11 @@ class Nursery:
         self._open = True
         self._spawn_all()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether workers may be spawned."""
+        return self._open
+
     def watch(self, give_up: Callable[[], None]) -> None:
         """Start the template again when it ended; give up when none ever came up."""
         if self._template is None or self._template.poll() is None:
@@ -331,6 +336,7 @@ class Nursery:
         if pidfd is not None:
             os.close(pidfd)
         self._fleet.worker_gone(worker)
+        worker.restarts += 1
         words = last_words(worker.logs.rings.values())
         last = f"it last logged: {words}" if words else "it had logged nothing"
         self._log.critical(

@@ -17,6 +17,7 @@ from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.version import VERSION
 
 WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
 
@@ -34,6 +35,12 @@ class Sample:
 def count(number: Any) -> int:
     """A counter or a sum of counters as a message holds it, whatever a worker wrote."""
     return min(max(int(number), 0), COUNT_MAX)
+
+
+def unix_s(monotonic_ns: Any) -> float | None:
+    """A worker's time as one of the wall clock, to the millisecond; None for 0, which is never, and for the future."""
+    age_ns = time.monotonic_ns() - int(monotonic_ns)
+    return round(time.time() - age_ns / 1e9, 3) if monotonic_ns > 0 and age_ns >= 0 else None
 
 
 def worker_totals(worker: Worker) -> dict[str, int]:
@@ -56,7 +63,9 @@ def _sum_fields(arrays: list[Any]) -> Any:
     total = arrays[0].copy()
     for array in arrays[1:]:
         for name in total.dtype.names:
-            if name not in ("last_ns", "last_errno", "pad"):
+            if name == "last_ns":
+                np.maximum(total[name], array[name], out=total[name])
+            elif name not in ("last_errno", "pad"):
                 total[name] += array[name]
     return total
 
@@ -106,6 +115,7 @@ class Sampler:
             drops=worker_drops(worker),
             is_excluded=worker.is_excluded,
             stats_segment=worker.stats.name,
+            restarts=worker.restarts,
         )
 
     def stats(self, request_id: int) -> Stats:
@@ -128,6 +138,7 @@ class Sampler:
             drops=drops,
             rules=[self._rule(sample, planned) for planned in self._fleet.plan.rules],
             workers=workers,
+            version=VERSION,
         )
 
     def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:
@@ -160,4 +171,5 @@ class Sampler:
                 for i, output in enumerate(planned.outputs)
             ],
             slot=slot,
+            last_packet_unix_s=unix_s(counters["last_ns"]),
         )

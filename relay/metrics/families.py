@@ -1,0 +1,205 @@
+"""The table of metrics: name, meaning, unit, labels, and the numbers in the relay's statistics. Pure.
+
+A new metric is a row here, in the tuple of what it describes; collector, alerts, dashboard and tests take their names
+from FAMILIES. Rows of a rule's stream (health, latency) belong to OF_RULES, histograms too: their samples are pairs of
+cumulative (upper bound, count) buckets and the sum.
+
+Numbers that add up over labels are given once, in the smallest part: a worker, a rule, an output. Sums of outputs are
+left to queries, because a rule that loses an output would let its sum go back. For the same reason no total is built
+from rules: those that are removed take their counts with them.
+"""
+
+import errno
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+
+from relay.messages import RuleStats, Stats, WorkerStats
+
+RULES_MAX = 10_000  # with series of their own; a scrape of these takes a second of this process
+OUTPUTS_MAX = 20_000
+ERRNO_PREFIX = "send_error_errno_"  # of a cause in `drops`, relay/supervisor/sampling.py
+
+Buckets = tuple[Sequence[tuple[str, float]], float]  # upper bounds as text, "+Inf" last, with counts; and the sum
+Samples = Iterable[tuple[tuple[str, ...], Any]]  # label values and a number, or Buckets for a histogram
+Metric = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily | InfoMetricFamily
+
+
+@dataclass(frozen=True)
+class Family:
+    """A metric. `name` is without the unit and without `_total`: those are added as the format wants them."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
+    unit: str
+    help: str
+    labels: tuple[str, ...]
+    samples: Callable[[Stats], Samples]
+
+    def empty(self) -> Any:
+        """The metric without samples."""
+        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+        return kinds[self.kind](self.name, self.help, labels=self.labels, unit=self.unit)
+
+    def fill(self, stats: Stats) -> Any:
+        """The metric with its samples."""
+        metric = self.empty()
+        for labels, value in self.samples(stats):
+            if self.kind == "histogram":
+                metric.add_metric(labels, *value)
+            else:
+                metric.add_metric(labels, value)
+        return metric
+
+    def exposed(self) -> list[str]:
+        """The names of its series."""
+        name = f"{self.name}_{self.unit}" if self.unit else self.name
+        endings = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"]}
+        return [name + ending for ending in endings[self.kind]]
+
+
+def _of_relay(value: Callable[[Stats], float]) -> Callable[[Stats], Samples]:
+    return lambda stats: [((), value(stats))]
+
+
+def _of_workers(value: Callable[[WorkerStats], float]) -> Callable[[Stats], Samples]:
+    return lambda stats: [((str(worker.core),), value(worker)) for worker in stats.workers]
+
+
+def _of_rules(value: Callable[[RuleStats], float | None]) -> Callable[[Stats], Samples]:
+    """Rules for which there is no value yet have no sample."""
+    return lambda stats: [((rule.rule_id,), number) for rule in stats.rules if (number := value(rule)) is not None]
+
+
+def _worker_drops(stats: Stats) -> Samples:
+    for worker in stats.workers:
+        for cause, count in worker.drops.items():
+            if not cause.startswith(ERRNO_PREFIX):
+                yield (str(worker.core), cause), count
+
+
+def _send_errors(stats: Stats) -> Samples:
+    for worker in stats.workers:
+        for cause, count in worker.drops.items():
+            if cause.startswith(ERRNO_PREFIX):
+                number = int(cause.removeprefix(ERRNO_PREFIX))
+                yield (str(worker.core), errno.errorcode.get(number, str(number))), count
+
+
+def _rule_states(stats: Stats) -> Samples:
+    active = sum(rule.state == "active" for rule in stats.rules)
+    return [(("active",), active), (("waiting",), len(stats.rules) - active)]
+
+
+def _outputs(stats: Stats) -> Iterator[tuple[tuple[str, str], Any]]:
+    for rule in stats.rules:
+        for output in rule.outputs:
+            yield (rule.rule_id, output.output), output
+
+
+def _output_drops(stats: Stats) -> Samples:
+    for labels, output in _outputs(stats):
+        for cause, count in output.drops.items():
+            yield (*labels, cause), count
+
+
+WORKER, RULE, OUTPUT = ("core",), ("rule",), ("rule", "output")
+
+OF_THE_RELAY = (
+    Family("gauge", "mcr_uptime", "seconds", "Time since the supervisor started.", (), _of_relay(lambda s: s.uptime_s)),
+    Family("gauge", "mcr_rules", "", "Rules by state; one that waits relays nothing yet.", ("state",), _rule_states),
+)
+OF_WORKERS = (
+    Family(
+        *("gauge", "mcr_worker_running", "", "Whether the worker of this core runs.", WORKER),
+        _of_workers(lambda worker: worker.state == "running"),
+    ),
+    Family(
+        *("counter", "mcr_worker_restarts", "", "Processes that ended although nobody told them to.", WORKER),
+        _of_workers(lambda worker: worker.restarts),
+    ),
+    Family(
+        *("counter", "mcr_worker_received", "packets", "Datagrams that the packet rings gave to a worker.", WORKER),
+        _of_workers(lambda worker: worker.packets_in),
+    ),
+    Family(
+        *("counter", "mcr_worker_received", "bytes", "Payload of received datagrams.", WORKER),
+        _of_workers(lambda worker: worker.bytes_in),
+    ),
+    Family(
+        *("counter", "mcr_worker_matched", "packets", "Received datagrams that some rule asks for.", WORKER),
+        _of_workers(lambda worker: worker.packets_matched),
+    ),
+    Family(
+        *("counter", "mcr_worker_relayed", "packets", "Datagrams handed to the kernel, one for each output.", WORKER),
+        _of_workers(lambda worker: worker.packets_relayed),
+    ),
+    Family(
+        *("counter", "mcr_worker_relayed", "bytes", "Payload of relayed datagrams.", WORKER),
+        _of_workers(lambda worker: worker.bytes_relayed),
+    ),
+    Family(
+        *("counter", "mcr_worker_drops", "", "Datagrams that did not leave, by cause.", (*WORKER, "cause")),
+        _worker_drops,
+    ),
+    Family(
+        *("counter", "mcr_worker_send_errors", "", "Drops of cause send_error, by errno.", (*WORKER, "errno")),
+        _send_errors,
+    ),
+    Family(
+        *("gauge", "mcr_worker_ring_fill_max", "ratio"),
+        "Highest of the levels 0.5, 0.8, 0.95 that a packet ring of the worker has ever passed.",
+        *(WORKER, _of_workers(lambda worker: worker.ring_fill_max_percent / 100)),
+    ),
+)
+OF_RULES = (
+    Family(
+        *("gauge", "mcr_rule_active", "", "Whether the rule relays; 0 while it waits for an interface.", RULE),
+        _of_rules(lambda rule: rule.state == "active"),
+    ),
+    Family(
+        *("counter", "mcr_rule", "packets", "Datagrams that the rule matched.", RULE),
+        _of_rules(lambda rule: rule.packets_matched),
+    ),
+    Family(
+        *("counter", "mcr_rule", "bytes", "Payload of matched datagrams.", RULE),
+        _of_rules(lambda rule: rule.bytes_matched),
+    ),
+    Family(
+        *("gauge", "mcr_rule_last_packet_timestamp", "seconds"),
+        "When the rule's last datagram came, in Unix time; without a sample before the first.",
+        *(RULE, _of_rules(lambda rule: rule.last_packet_unix_s)),
+    ),
+)
+OF_OUTPUTS = (
+    Family(
+        *("counter", "mcr_output", "packets", "Datagrams of the rule that left by this output.", OUTPUT),
+        lambda stats: [(labels, output.packets) for labels, output in _outputs(stats)],
+    ),
+    Family(
+        *("counter", "mcr_output", "bytes", "Payload of datagrams that left.", OUTPUT),
+        lambda stats: [(labels, output.bytes) for labels, output in _outputs(stats)],
+    ),
+    Family(
+        *("counter", "mcr_output_drops", "", "Datagrams of the rule that did not leave, by cause."),
+        *((*OUTPUT, "cause"), _output_drops),
+    ),
+)
+FAMILIES = (*OF_THE_RELAY, *OF_WORKERS, *OF_RULES, *OF_OUTPUTS)
+
+
+def limited(stats: Stats, rules_max: int = RULES_MAX, outputs_max: int = OUTPUTS_MAX) -> tuple[Stats, int, int]:
+    """The statistics of the first rules and of their first outputs, and how many of each were left out.
+
+    The order is the relay's own: a rule that has series keeps them as long as none before it is removed.
+    """
+    kept: list[RuleStats] = []
+    room = outputs_max
+    for rule in stats.rules[:rules_max]:
+        kept.append(msgspec.structs.replace(rule, outputs=rule.outputs[:room]))
+        room -= len(kept[-1].outputs)
+    outputs = sum(len(rule.outputs) for rule in stats.rules)
+    return msgspec.structs.replace(stats, rules=kept), len(stats.rules) - len(kept), outputs - (outputs_max - room)

@@ -1,0 +1,195 @@
+"""Metrics of a live relay: a real Prometheus scrapes them; a worker that is replaced, a relay that goes and comes back.
+
+gen ──left── relay ──right── sink      mcrctl metrics and prometheus on the relay's loopback
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.system.harness import BIN, Relay, wait_until
+from tools.netns import Host, Line
+
+COUNT = 3000
+PAYLOAD_BYTES = 1316
+BURST = 50
+PROMETHEUS_PORT = 9090
+CONFIG = """
+global: {scrape_interval: 250ms}
+scrape_configs: [{job_name: mcr, static_configs: [{targets: ["%s"]}]}]
+"""
+
+
+class Exporter:
+    """A running `mcrctl metrics`."""
+
+    def __init__(self, host: Host, folder: Path, control_socket: Path) -> None:
+        self.host = host
+        self.log = folder / "metrics.log"
+        command = [str(BIN / "mcrctl"), "--socket", str(control_socket), "metrics", "--listen", "127.0.0.1:0"]
+        with self.log.open("w") as out:
+            self.process = host.popen(command, stderr=out)
+        self.target = wait_until(self._target, "it serves")
+
+    def _target(self) -> str | None:
+        found = re.search(r"http://(\S+)/metrics", self.log.read_text())
+        return found[1] if found else None
+
+    def text(self) -> str:
+        return get(self.host, self.target, "/metrics")
+
+    def samples(self) -> dict[str, float]:
+        """Every sample by name and labels, as `name{a=b}`."""
+        found = {}
+        for metric in text_string_to_metric_families(self.text()):
+            for sample in metric.samples:
+                labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}"] = sample.value
+        return found
+
+
+def get(host: Host, target: str, path: str) -> str:
+    """GET from a server in a namespace."""
+    connection = http.client.HTTPConnection(target, timeout=30)
+    with host.inside():
+        connection.connect()
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Line]:
+    with Line("gen", "relay", "sink") as line:
+        yield line
+
+
+@pytest.fixture(scope="module")
+def relay(hosts: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    """Two rules; COUNT datagrams have come for the first one, which has two outputs."""
+    relay = Relay(hosts.hosts[1], tmp_path_factory.mktemp("metrics"), ("left",))
+    try:
+        relay.add("tv", "239.1.1.1:5001", "239.2.2.2:6001:right", "239.2.2.3:6001:right")
+        relay.add("radio", "239.1.1.9:5001", "239.2.2.9:6001:right")
+        traffic(hosts)
+        wait_until(lambda: relay.stats()["packets_matched"] == COUNT, "all have come")
+        yield relay
+    finally:
+        relay.kill()
+
+
+@pytest.fixture(scope="module")
+def exporter(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exporter]:
+    exporter = Exporter(relay.host, tmp_path_factory.mktemp("exporter"), relay.socket)
+    yield exporter
+    exporter.process.send_signal(signal.SIGTERM)
+    assert exporter.process.wait(10) == 0
+
+
+def traffic(hosts: Line) -> None:
+    """COUNT datagrams for the first rule, in bursts that the cable's queue has room for (netdev_max_backlog)."""
+    with hosts.hosts[0].inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("10.1.0.1"))
+        for sent in range(COUNT):
+            sock.sendto(bytes(PAYLOAD_BYTES), ("239.1.1.1", 5001))
+            if sent % BURST == 0:
+                time.sleep(0.002)
+
+
+def test_metrics_are_what_was_relayed(exporter: Exporter) -> None:
+    samples = exporter.samples()
+    assert samples["mcr_up{}"] == 1
+    assert samples["mcr_rule_packets_total{rule=tv}"] == COUNT
+    assert samples["mcr_rule_bytes_total{rule=tv}"] == COUNT * PAYLOAD_BYTES
+    assert samples["mcr_output_packets_total{output=239.2.2.3:6001:right,rule=tv}"] == COUNT
+    assert samples["mcr_rule_packets_total{rule=radio}"] == 0
+    assert abs(samples["mcr_rule_last_packet_timestamp_seconds{rule=tv}"] - time.time()) < 300
+    assert "mcr_rule_last_packet_timestamp_seconds{rule=radio}" not in samples
+    assert {value for name, value in samples.items() if name.startswith("mcr_output_drops")} == {0}
+
+
+def test_promtool_finds_nothing_to_blame(exporter: Exporter) -> None:
+    """Names, units and help by Prometheus' conventions."""
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=exporter.text(), capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.fixture
+def prometheus(exporter: Exporter, tmp_path: Path) -> Iterator[str]:
+    """A Prometheus that scrapes the exporter; its address."""
+    config = tmp_path / "prometheus.yml"
+    config.write_text(CONFIG % exporter.target)
+    address = f"127.0.0.1:{PROMETHEUS_PORT}"
+    options = [f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address={address}"]
+    with (tmp_path / "prometheus.log").open("w") as out:
+        process = exporter.host.popen(["prometheus", *options], stdout=out, stderr=out)
+    yield address
+    process.terminate()
+    process.wait(30)
+    print((tmp_path / "prometheus.log").read_text())
+
+
+def query(host: Host, address: str, expression: str) -> Any:
+    """The value of an instant query that has one; None while there is no result."""
+    with contextlib.suppress(ConnectionRefusedError, json.JSONDecodeError):  # it starts
+        answer = get(host, address, "/api/v1/query?query=" + urllib.parse.quote(expression))
+        result = json.loads(answer).get("data", {}).get("result", [])
+        return float(result[0]["value"][1]) if result else None
+    return None
+
+
+def test_a_real_prometheus_answers_with_the_figure(exporter: Exporter, prometheus: str) -> None:
+    def ask(expression: str) -> Any:
+        return query(exporter.host, prometheus, expression)
+
+    wait_until(lambda: ask('up{job="mcr"}') == 1, "it has scraped")
+    assert ask("sum(mcr_rule_packets_total)") == COUNT
+    assert ask("sum by (rule) (mcr_output_bytes_total{rule='tv'})") == 2 * COUNT * PAYLOAD_BYTES
+    assert ask("mcr_worker_drops_total{cause='ring_full'}") == 0
+    assert ask("mcr_build_info") == 1
+
+
+def test_no_counter_goes_back_when_a_worker_is_replaced(hosts: Line, relay: Relay, exporter: Exporter) -> None:
+    before = exporter.samples()
+    (worker,) = relay.ask("list-workers")
+    core = worker["core"]
+    os.kill(worker["pid"], signal.SIGKILL)
+    restarts = f"mcr_worker_restarts_total{{core={core}}}"
+
+    def counters() -> dict[str, float]:
+        samples = exporter.samples()
+        lower = {name: value for name, value in samples.items() if "_total{" in name and value < before[name]}
+        assert lower == {}
+        return samples
+
+    wait_until(lambda: counters()[restarts] == before[restarts] + 1, "the end is counted")
+    wait_until(lambda: counters()[f"mcr_worker_running{{core={core}}}"] == 1, "another one runs")
+    traffic(hosts)
+    wait_until(lambda: counters()["mcr_rule_packets_total{rule=tv}"] == 2 * COUNT, "counters go on")
+
+
+def test_metrics_outlive_the_relay(relay: Relay, exporter: Exporter) -> None:
+    relay.stop()
+    samples = exporter.samples()
+    assert samples == {"mcr_up{}": 0}
+    relay.start_again()
+    running = f"mcr_worker_running{{core={relay.cores(1)[0]}}}"
+    wait_until(lambda: exporter.samples().get(running) == 1, "it is seen")
+    assert exporter.process.poll() is None
+    lines = exporter.log.read_text().splitlines()[1:]
+    assert ["no relay answers" in line or "answers again" in line for line in lines] == [True, True]
