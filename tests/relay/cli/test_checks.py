@@ -33,8 +33,8 @@ IGMP = """Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter
 """
 SOFTNET = "0000208e {dropped} 0000000b 0 0 0 0 0 0 0 0 0 00000001 00000000 00000000\n"
 INTERFACES = {
-    "left": Interface("left", 2, True, 1500, ("10.1.0.2",)),
-    "right": Interface("right", 3, True, 1500, ("10.2.0.1",)),
+    "left": Interface("left", 2, True, True, 1500, ("10.1.0.2",)),
+    "right": Interface("right", 3, True, True, 1500, ("10.2.0.1",)),
 }
 WORKER = {"core": 1, "pid": 7, "state": "running", "uptime_s": 99.0, "ring_fill_max_percent": 0, "is_excluded": False}
 NO_DROPS = {cause.name.lower(): 0 for cause in DropCause if cause is not DropCause.NONE}
@@ -71,7 +71,7 @@ NET, IPV4, CPU = "sys/class/net", "proc/sys/net/ipv4", "sys/devices/system/cpu"
 CLOCK = "sys/devices/system/clocksource/clocksource0/current_clocksource"
 UP, DOWN, NO_MULTICAST = "0x1003", "0x1002", "0x3"
 LEFT_UP, RIGHT_UP = {f"{NET}/left/flags": UP}, {f"{NET}/right/flags": UP}
-SMALL = {**INTERFACES, "right": Interface("right", 3, True, 1000, ("10.2.0.1",))}
+SMALL = {**INTERFACES, "right": Interface("right", 3, True, True, 1000, ("10.2.0.1",))}
 MANY = tuple(rule(number) for number in range(1, 13))
 IRQ = {f"{NET}/left/device/msi_irqs/30": "msi", "proc/interrupts": "  CPU0 CPU1\n 30: 5 0 PCI left-rx-0"}
 

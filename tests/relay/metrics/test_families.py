@@ -13,15 +13,18 @@ from relay.metrics.families import FAMILIES, Family, limited
 
 
 def output(name: str, packets: int = 1) -> OutputStats:
-    return OutputStats(name, packets, 10 * packets, {"ttl": 0, "egress_full": 2, "send_error": 1})
+    return OutputStats(name, packets, 10 * packets, {"ttl": 0, "egress_full": 2, "send_error": 1}, slot=0)
 
 
 def rule(rule_id: str, *outputs: OutputStats, state: str = "active", last_s: float | None = 1000.5) -> RuleStats:
-    return RuleStats(rule_id, state, 3, 30, 3, 30, 0.0, 0.0, list(outputs), last_s)
+    return RuleStats(rule_id, state, 3, 30, 3, 30, 0.0, 0.0, list(outputs), 0, last_s)
 
 
 WORKER = WorkerStats(
-    2, 77, "running", 1.0, 9, 90, 8, 7, 70, 0.0, 0.0, 80, {"ring_full": 5, "send_error": 1, "send_error_errno_1": 1}, 4
+    *(2, 77, "running", 1.0, 9, 90, 8, 7, 70, 0.0, 0.0, 80),
+    {"ring_full": 5, "send_error": 1, "send_error_errno_1": 1},
+    stats_segment="mcr_dp_c2_stats",
+    restarts=4,
 )
 STATS = Stats(
     *(1, 12.5, 9, 90, 8, 7, 70, 0.0, 0.0, {}),
