@@ -45,6 +45,10 @@ def state(relay: Relay) -> str:
     return next(str(rule["state"]) for rule in relay.stats()["rules"] if rule["rule_id"] == "r")
 
 
+def waits(relay: Relay, why: str) -> bool:
+    return state(relay) == f"waiting: {why}"
+
+
 def relays(line: Line, address: str) -> bool:
     """Whether the rule relays a datagram now, from this source address."""
     gen, _, sink = line.hosts
@@ -156,15 +160,15 @@ def is_joined(host: Host) -> bool:
 def test_a_rule_waits_and_comes_back_while_others_relay_on(line: Line, relay: Relay, tmp_path: Path) -> None:
     """One fault after the other: what is seen, and a new interface that nothing tells from the old one."""
     host = line.hosts[1]
-    assert relays(line, "10.2.0.1")
+    wait_until(partial(relays, line, "10.2.0.1"), "the rule relays")
     with steady_traffic(line, tmp_path):
         for fault, (break_it, mend_it, why, address) in FAULTS.items():
             said = len(relay.text())
             break_it(line)
-            wait_until(lambda why=why: state(relay) == f"waiting: {why}", why)
+            wait_until(partial(waits, relay, why), why)
             mend_it(line)
             wait_until(lambda: state(relay) == "active", f"the rule is back: {fault}")
-            wait_until(lambda address=address: relays(line, address), f"the rule relays again: {fault}")
+            wait_until(partial(relays, line, address), f"the rule relays again: {fault}")
             assert is_joined(host), fault
             lines = [text for text in relay.text()[said:].splitlines() if "Interface " in text]
             assert len(lines) == len(set(lines)), lines
@@ -282,5 +286,5 @@ def test_every_datagram_is_accounted_while_an_output_waits_and_interfaces_change
     assert stats["packets_in"] == stats["packets_matched"] == sent
     assert summary["reordered"] == summary["duplicated"] == summary["corrupt"] == 0
     assert 3 * FELT < summary["datagrams"] <= sent - stats["drops"]["send_error"]
-    assert relays(line, "10.9.0.1")
+    wait_until(partial(relays, line, "10.9.0.1"), "the rule relays from the new address")
     assert relay.stop().count("Interface right has no carrier") == 1
