@@ -18,7 +18,8 @@ from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import Plan, make_plan
 
 INTERFACES = {
-    name: Interface(name, index, True, True, 1500, (f"10.{index}.0.1",)) for index, name in enumerate(("a", "b", "lo"), 1)
+    name: Interface(name, index, True, True, 1500, (f"10.{index}.0.1",))
+    for index, name in enumerate(("a", "b", "lo"), 1)
 }
 GROUPS = st.sampled_from(["239.1.1.1", "10.1.0.1"])
 PORTS = st.sampled_from([5000, 5001])
