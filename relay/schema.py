@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from relay import api, messages
+from relay.cli.checks.registry import Finding
 from relay.cli.config import Applied, Checked, Saved
+from relay.cli.explaining.facts import Explanation
 from relay.differences import Differences
 
 VERSION = 1
@@ -25,6 +27,8 @@ ANSWERS: dict[str, Any] = {
     "ping": api.Pong,
     "log-level get": dict[str, str],
     "log-level set": dict[str, str],
+    "explain": Explanation,
+    "doctor": list[Finding],
     "config check": Checked,
     "config diff": Differences,
     "config apply": Applied,
