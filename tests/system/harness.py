@@ -249,9 +249,9 @@ def sender(host: Host, folder: Path, *options: str) -> Iterator[Tool]:
 
 @contextlib.contextmanager
 def receiving(host: Host, folder: Path, *options: str) -> Iterator[Callable[[], Any]]:
-    """Run recv_mcast.py; in the block it has joined. Gives a function that waits for its summary."""
+    """Run recv_mcast.py; in the block it has joined. Gives a function for its summary, when all has been sent."""
     with receiver(host, folder, *options) as tool:
-        yield tool.summary
+        yield tool.summary if "--count" in options else tool.drain
 
 
 @contextlib.contextmanager

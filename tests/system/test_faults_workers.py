@@ -117,7 +117,7 @@ def test_kills_at_any_moment_lose_and_reorder_nothing(
     relay.add("r", IN, OUT)
     watch, chance, count = Watch(relay), random.Random(SEED), KILLS * PPS * 3 // 4
     outages_s: dict[int, float] = {}
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         with traffic(gen, count, how):
             for _ in range(KILLS):
                 watch.wait_for_traffic(1)
@@ -190,7 +190,7 @@ def test_a_hanging_worker_is_replaced_and_nothing_is_lost(
     relay = start_relay(host, ("left",), 1, *RING_OF_SECONDS)
     relay.add("r", IN, OUT)
     watch, count = Watch(relay), 2 * PPS
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         with traffic(gen, count):
             watch.wait_for_traffic(1000)
             pid, asking = watch.pid, threading.Thread(target=hang, args=(watch, relay))
@@ -309,7 +309,7 @@ def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_bac
     core = Relay.cores(2)[1]
     with Killer(relay, core, number):
         relay.wait_for_log(f"[Alert] [Supervisor] The worker of core {core} has died")
-        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
+        with receiving(sink, tmp_path, "--interface", "left") as summary:
             with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
                 pass
             assert summary()["lost"] == 0
@@ -317,7 +317,7 @@ def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_bac
         assert deaths < 20  # seconds have passed: it is started ever more seldom
     relay.wait_for_log(f"[Notice] [Supervisor] The worker of core {core} has recovered")
     before = {worker["core"]: worker["packets_relayed"] for worker in relay.ask("list-workers")}
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
             pass
         assert summary()["lost"] == 0
