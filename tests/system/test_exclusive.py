@@ -50,7 +50,7 @@ def tables(host: Host) -> str:
 
 def test_only_what_a_rule_relays_stays_away_from_the_host(line: Line, relay: Relay, tmp_path: Path) -> None:
     gen, _, sink = line.hosts
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         assert not hears(line, 5001)
         assert hears(line, 5002)
         relay.add("other", "239.1.1.1:5002", "239.2.2.2:6002:right")
@@ -94,7 +94,7 @@ def test_an_interface_that_comes_back_is_exclusive_again(line: Line, relay: Rela
         create_anew(line)  # under its old index; older kernels' chain goes with the old one
     wait_until(lambda: is_joined(host), "joined again")
     wait_until(lambda: not hears(line, 5001), "exclusive again")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "20000", "--count", "20000")
         assert_perfect(summary(), 20_000)
 
