@@ -109,6 +109,23 @@ def traffic(hosts: Line) -> None:
                 time.sleep(0.002)
 
 
+@pytest.fixture(scope="module")
+def prometheus(exporter: Exporter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prometheus that scrapes the exporter, from five seconds after its start on; its address."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = folder / "prometheus.yml"
+    config.write_text(CONFIG % exporter.target)
+    address = f"127.0.0.1:{PROMETHEUS_PORT}"
+    options = [f"--config.file={config}", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address={address}"]
+    with (folder / "prometheus.log").open("w") as out:
+        process = exporter.host.popen(["prometheus", *options], stdout=out, stderr=out)
+    yield address
+    process.kill()  # what it has stored goes with the test
+    process.wait()
+    print((folder / "prometheus.log").read_text())
+
+
+@pytest.mark.usefixtures("prometheus")
 def test_metrics_are_what_was_relayed(exporter: Exporter) -> None:
     samples = exporter.samples()
     assert samples["mcr_up{}"] == 1
@@ -129,41 +146,6 @@ def test_promtool_finds_nothing_to_blame(exporter: Exporter) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-@pytest.fixture
-def prometheus(exporter: Exporter, tmp_path: Path) -> Iterator[str]:
-    """A Prometheus that scrapes the exporter; its address."""
-    config = tmp_path / "prometheus.yml"
-    config.write_text(CONFIG % exporter.target)
-    address = f"127.0.0.1:{PROMETHEUS_PORT}"
-    options = [f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address={address}"]
-    with (tmp_path / "prometheus.log").open("w") as out:
-        process = exporter.host.popen(["prometheus", *options], stdout=out, stderr=out)
-    yield address
-    process.terminate()
-    process.wait(30)
-    print((tmp_path / "prometheus.log").read_text())
-
-
-def query(host: Host, address: str, expression: str) -> Any:
-    """The value of an instant query that has one; None while there is no result."""
-    with contextlib.suppress(ConnectionRefusedError, json.JSONDecodeError):  # it starts
-        answer = get(host, address, "/api/v1/query?query=" + urllib.parse.quote(expression))
-        result = json.loads(answer).get("data", {}).get("result", [])
-        return float(result[0]["value"][1]) if result else None
-    return None
-
-
-def test_a_real_prometheus_answers_with_the_figure(exporter: Exporter, prometheus: str) -> None:
-    def ask(expression: str) -> Any:
-        return query(exporter.host, prometheus, expression)
-
-    wait_until(lambda: ask('up{job="mcr"}') == 1, "it has scraped")
-    assert ask("sum(mcr_rule_packets_total)") == COUNT
-    assert ask("sum by (rule) (mcr_output_bytes_total{rule='tv'})") == 2 * COUNT * PAYLOAD_BYTES
-    assert ask("mcr_worker_drops_total{cause='ring_full'}") == 0
-    assert ask("mcr_build_info") == 1
-
-
 def test_no_counter_goes_back_when_a_worker_is_replaced(hosts: Line, relay: Relay, exporter: Exporter) -> None:
     before = exporter.samples()
     (worker,) = relay.ask("list-workers")
@@ -181,6 +163,26 @@ def test_no_counter_goes_back_when_a_worker_is_replaced(hosts: Line, relay: Rela
     wait_until(lambda: counters()[f"mcr_worker_running{{core={core}}}"] == 1, "another one runs")
     traffic(hosts)
     wait_until(lambda: counters()["mcr_rule_packets_total{rule=tv}"] == 2 * COUNT, "counters go on")
+
+
+def query(host: Host, address: str, expression: str) -> Any:
+    """The value of an instant query that has one; None while there is no result."""
+    with contextlib.suppress(ConnectionRefusedError, json.JSONDecodeError):  # it starts
+        answer = get(host, address, "/api/v1/query?query=" + urllib.parse.quote(expression))
+        result = json.loads(answer).get("data", {}).get("result", [])
+        return float(result[0]["value"][1]) if result else None
+    return None
+
+
+def test_a_real_prometheus_answers_with_the_figure(exporter: Exporter, prometheus: str) -> None:
+    def ask(expression: str) -> Any:
+        return query(exporter.host, prometheus, expression)
+
+    wait_until(lambda: ask("sum(mcr_rule_packets_total)") == 2 * COUNT, "it has scraped what has come by now")
+    assert ask('up{job="mcr"}') == 1
+    assert ask("sum by (rule) (mcr_output_bytes_total{rule='tv'})") == 2 * 2 * COUNT * PAYLOAD_BYTES
+    assert ask("mcr_worker_drops_total{cause='ring_full'}") == 0
+    assert ask("mcr_build_info") == 1
 
 
 def test_metrics_outlive_the_relay(relay: Relay, exporter: Exporter) -> None:
