@@ -52,7 +52,7 @@ def look(path: Path, interfaces: tuple[str, ...], seconds: float) -> "Situation"
 
     files = Files()
     earlier, silence = _ask(path, files)
-    if earlier is not None and earlier.pid and (refused := running.enter_network_of(earlier.pid)) is not None:
+    if earlier is not None and (refused := running.enter_network_of(earlier.pid)) is not None:
         click.echo(f"warning: {refused}", err=True)
     counters = count(files)
     queriers = hear_queriers(seconds)

@@ -61,8 +61,7 @@ def _explain(path: Path, source: str, destination: str, interface: str | None, t
     group, port = parse_endpoint(destination, "destination", needs_port=True)
     assert port is not None
     relay = running.ask(path, Files())
-    refused = running.enter_network_of(relay.pid) if relay.pid else None
-    if refused is not None:
+    if (refused := running.enter_network_of(relay.pid)) is not None:
         click.echo(f"warning: {refused}", err=True)
     facts = gather(relay, Files())
     assumed = None

@@ -80,6 +80,8 @@ def _listener(path: Path) -> int:
 
 def enter_network_of(pid: int) -> str | None:
     """Go over to the network namespace of a process, /sys with it, for good; return why that was not possible."""
+    if not pid:
+        return "the relay's process can't be seen from here: this network namespace is shown, which may be another"
     try:
         there = Path(f"/proc/{pid}/ns/net")
         if there.samefile("/proc/self/ns/net"):

@@ -118,6 +118,9 @@ def test_the_verdict_is_what_the_relay_does(line: Line, relay: Relay) -> None:
     assert "which differs in group: it takes 239.1.1." in answers[3]["summary"]
     assert f"the nearest is picky, which differs in source: it takes only {OTHER}" in answers[4]["summary"]
     assert step(answers[2], "filter")["verdict"] == "stop"
+    counted = [answer for answer in answers if "counted as no_match" in answer["summary"]]
+    assert counted == [answers[4]]  # of the right group and port, so the filter admits it
+    assert ask(relay, api.GetStats())["drops"]["no_match"] == len(counted)
     assert all(step(answer, "rule")["remedy"] for answer in answers[2:])
     assert step(answers[1], "join")["reason"] == f"239.1.1.2 is joined on left for {OTHER}"
     output = step(answers[1], "output")["reason"]

@@ -57,7 +57,6 @@ class World:
 
     gen: Host
     host: Host
-    sink: Host
     folder: Path
     relay: Relay
 
@@ -74,12 +73,6 @@ class World:
             check=False,
         )
         return run.stdout
-
-    def aim(self, relay: Relay) -> None:
-        """Let mcrctl ask this relay from now on."""
-        script = self.folder / "mcrctl"
-        script.write_text(f'#!/bin/sh\nexec {BIN}/mcrctl --socket {relay.socket} "$@"\n')
-        script.chmod(0o755)
 
     def send(self, frames: int, ttl: int = 1, checksum: int | None = None) -> None:
         """Send frames as they come from a wire: no socket of the sender's sets the checksum right."""
@@ -104,11 +97,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with Host("gen") as gen, Host("relay") as host, Host("sink") as sink:
         connect(gen, "eth0", "10.1.0.1/24", host, "eth0", "10.1.0.2/24")
         connect(host, "eth1", "10.2.0.1/24", sink, "eth0", "10.2.0.2/24")
-        relay = Relay(host, folder, ("eth0",))
+        relay = Relay(host, folder, ("eth0",), 1, "--exclusive")  # for one section, the others don't mind
         try:
-            world = World(gen, host, sink, folder, relay)
-            world.aim(relay)
-            yield world
+            script = folder / "mcrctl"
+            script.write_text(f'#!/bin/sh\nexec {BIN}/mcrctl --socket {relay.socket} "$@"\n')
+            script.chmod(0o755)
+            yield World(gen, host, folder, relay)
         finally:
             relay.kill()
 
@@ -156,7 +150,6 @@ FAULTS: dict[str, Callable[[World], None]] = {
     "Wrong interface": wrong_interface,
 }
 OUTSIDE = "Containers"
-EXCLUSIVE = "Exclusive mode"
 
 
 def assert_prints(shown: list[str], printed: str, command: str) -> None:
@@ -174,31 +167,16 @@ def assert_prints(shown: list[str], printed: str, command: str) -> None:
     assert gap or at == len(lines), f"`{command}` prints more:\n{printed}"
 
 
-def assert_as_shown(world: World, title: str, instance: str | None = None) -> None:
-    """Run what a section has; the relay of the page has no instance name."""
-    for command, shown in SECTIONS[title]:
-        printed = world.shell(command, outside=title == OUTSIDE)
-        assert_prints(shown, printed.replace(f"mcr_{instance}", "mcr"), command)
-
-
-@pytest.mark.parametrize("title", [title for title in SECTIONS if title != EXCLUSIVE])
+@pytest.mark.parametrize("title", SECTIONS)
 def test_the_commands_of_a_section_print_what_it_says(world: World, title: str) -> None:
     world.add_tv()
     if title in FAULTS:
         FAULTS[title](world)
-    assert_as_shown(world, title)
-
-
-def test_an_exclusive_relay_is_told_as_the_page_says(world: World) -> None:
-    relay = Relay(world.host, world.folder, ("eth0",), 1, "--exclusive")
-    try:
-        world.aim(relay)
-        relay.add("tv", f"{GROUP}:{PORT}", "239.2.2.2:6001:eth1")
-        assert_as_shown(world, EXCLUSIVE, relay.instance)
-    finally:
-        world.aim(world.relay)
-        relay.kill()
+    for command, shown in SECTIONS[title]:
+        printed = world.shell(command, outside=title == OUTSIDE)
+        # The relay of the page has no name of its own.
+        assert_prints(shown, printed.replace(f"mcr_{world.relay.instance}", "mcr"), command)
 
 
 def test_every_fault_has_its_section() -> None:
-    assert {*FAULTS, OUTSIDE, EXCLUSIVE} < set(SECTIONS)
+    assert {*FAULTS, OUTSIDE} < set(SECTIONS)

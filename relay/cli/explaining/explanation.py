@@ -18,12 +18,13 @@ def explain(facts: Facts, datagram: Datagram) -> Explanation:
     """Every step, also those behind one that stops: there may be several reasons."""
     found = matching(facts.plan.rules, datagram)
     steps = [interface(facts, datagram), own_egress(facts, datagram)]
-    steps += [join(facts, datagram), packet_filter(facts, datagram), worker(facts)]
+    admitted = packet_filter(facts, datagram)
+    steps += [join(facts, datagram), admitted, worker(facts)]
     if found:
         for planned in found:
             steps += followed(facts, planned, datagram.ttl)
     else:
-        steps.append(no_rule(facts, datagram))
+        steps.append(no_rule(facts, datagram, admitted.verdict == "pass"))
     stops = [step for step in steps if step.verdict == "stop"]
     outputs = [step for step in steps if step.step.startswith("output")]
     leaves = [step for step in outputs if step.verdict != "stop"]

@@ -40,17 +40,14 @@ def nearest(rules: Sequence[PlannedRule], datagram: Datagram) -> PlannedRule | N
     return near if near is not None and len(differences(near, datagram)) <= DIFFERENCES_SHOWN_MAX else None
 
 
-def no_rule(facts: Facts, datagram: Datagram) -> Step:
+def no_rule(facts: Facts, datagram: Datagram, is_admitted: bool) -> Step:
+    """Where no rule takes it: the nearest one. What the filter admits all the same is counted."""
+    what = "no rule takes it, so it is counted as no_match" if is_admitted else "no rule takes it"
     near = nearest(facts.plan.rules, datagram)
     if near is None:
-        kept = f"; none of {len(facts.plan.rules)} rules is near" if facts.plan.rules else "; there are no rules"
-        add = (
-            f"mcrctl add-rule --input-group {datagram.group} --input-port {datagram.port} --output GROUP:PORT:INTERFACE"
-        )
-        return Step("rule", "stop", f"no rule takes it{kept}", add)
-    differs = "; ".join(differences(near, datagram))
-    reason = f"no rule takes it; the nearest is {near.rule.rule_id}, which differs in {differs}"
-    change = (
-        f"mcrctl add-rule --replace --rule-id {near.rule.rule_id} … with the input that is meant, or add another rule"
-    )
-    return Step("rule", "stop", reason, change)
+        kept = f"none of {len(facts.plan.rules)} rules is near" if facts.plan.rules else "there are no rules"
+        inputs = f"--input-group {datagram.group} --input-port {datagram.port}"
+        return Step("rule", "stop", f"{what}; {kept}", f"mcrctl add-rule {inputs} --output GROUP:PORT:INTERFACE")
+    reason = f"{what}; the nearest is {near.rule.rule_id}, which differs in {'; '.join(differences(near, datagram))}"
+    change = f"mcrctl add-rule --replace --rule-id {near.rule.rule_id} … with the input that is meant"
+    return Step("rule", "stop", reason, f"{change}, or add another rule")
