@@ -180,7 +180,7 @@ ToControlPlane = Stats | StartedWith | Workers | Levels | Done | Refused | Resto
 
 
 class Spawn(msgspec.Struct, tag=True):
-    """Fork a worker pinned to `core`. Descriptor: the worker's end of its channel."""
+    """Fork a worker pinned to `core`. Descriptors: the worker's end of its channel, its copy arena."""
 
     core: int
     instance: str | None
