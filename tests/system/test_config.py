@@ -20,6 +20,7 @@ from relay.cli.config import change_to, find_differences, running_rules, started
 from relay.cli.mcrctl import main
 from relay.client import Client
 from relay.configfile import examine
+from relay.dataplane.counters import StatsSegment
 from relay.errors import ControlError
 from relay.rules import Rule
 from relay.saving import written
@@ -80,6 +81,15 @@ def relayed(relay: Relay) -> int:
     return int(ask(relay, "get-stats")["packets_relayed"])
 
 
+def tables_used(relay: Relay) -> int:
+    """The generation of the rule table that the worker uses: each change makes one more."""
+    stats = StatsSegment.attach(relay.cores(1)[0], relay.instance)
+    try:
+        return int(stats.header["generation_seen"])
+    finally:
+        stats.close()
+
+
 @pytest.fixture
 def relay(line: Line, start_relay: StartRelay) -> Relay:
     return start_relay(line.hosts[1], ("left", "right"), 1)
@@ -114,7 +124,9 @@ def test_a_file_is_applied_under_traffic_and_what_it_leaves_alone_notices_nothin
         refuse_bad_files(relay, file, after)
         assert ask(relay, "list-rules") == listed
         file.write_text(after)
+        before_it = tables_used(relay)
         applied = relay.ask("config", "apply", "--yes", str(file))
+        assert tables_used(relay) == before_it + 1
         before_more = relayed(relay)
         wait_until(lambda: relayed(relay) > before_more + 1000, "streams flow on")
         sent = [tool.interrupt()["datagrams"] for tool in (forward_sent, back_sent)]
