@@ -1,10 +1,18 @@
 """A configuration file examined: everything that is wrong is found at once, where it stands."""
 
+import contextlib
+from typing import Any
+
 import pytest
+import tomlkit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relay.config import Options
 from relay.configfile import check_together, examine, parse
 from relay.errors import ConfigError
+from relay.ranges import ConfiguredOutput, ConfiguredRule
+from relay.rules import validate
 
 WRONG = """\
 interfaces = "eth0"
@@ -118,3 +126,42 @@ def test_a_right_file_gives_only_what_it_sets() -> None:
     check_together(examined)
     assert (examined.options, examined.findings) == ({"interfaces": ("lo",), "ring_mib": 16}, [])
     assert Options(**examined.options) == Options(interfaces=("lo",))
+
+
+WORDS = """lo 239.1.1.1 239.1.1.0/30 239.1.1.9-239.1.1.2 10.0.0.1 5000-5001 {n} x-{group} {port+1} 239.2.2.2:1:lo
+{group}:{port}:lo:decrement 239.2.2.0/30:1-2:lo 239.2.2.2:{x}:lo spin 2,4-7"""
+TEXTS = st.sampled_from(["", *WORDS.split()])
+SCALARS = TEXTS | st.integers(-1, 70_000) | st.booleans() | st.floats(allow_nan=False) | st.datetimes()
+TABLES = st.dictionaries(st.sampled_from([*ConfiguredOutput.__struct_fields__, "x"]), SCALARS, max_size=6)
+OUTPUTS = st.lists(SCALARS | TABLES, max_size=3)
+RULES = st.dictionaries(
+    st.sampled_from([*ConfiguredRule.__struct_fields__, "x"]), SCALARS | OUTPUTS | TABLES, max_size=8
+) | st.fixed_dictionaries(
+    {
+        "rule_id": TEXTS,
+        "input_group": TEXTS,
+        "input_port": TEXTS | st.integers(1, 9),
+        "outputs": st.lists(TEXTS, max_size=3),
+    }
+)
+DOCUMENTS = st.dictionaries(st.sampled_from([*Options.__struct_fields__, "x"]), SCALARS | OUTPUTS, max_size=4)
+
+
+@settings(max_examples=300)
+@given(DOCUMENTS, st.lists(RULES | SCALARS, max_size=4) | SCALARS)
+def test_whatever_stands_in_a_file_is_right_or_has_a_finding_with_its_line(options: dict[str, Any], rules: Any) -> None:
+    text = tomlkit.dumps({**options, "rules": rules})
+    examined = examine(text, "f")
+    check_together(examined)
+    for finding in examined.findings:
+        assert finding.line is not None
+        assert finding.key
+        assert finding.message
+    if not examined.findings:
+        assert set(examined.options) == set(options)
+        assert all(validate(rule) for rule in examined.rules)
+        assert len({entry.index for entry in examined.entries}) == len(rules)
+    else:
+        with contextlib.suppress(ConfigError):
+            parse(text, "f")
+            assert all("cycle" in str(f) or "loop" in str(f) or f.key in ("cores", "log_to") for f in examined.findings)

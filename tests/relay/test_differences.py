@@ -194,6 +194,26 @@ def test_what_is_saved_is_what_is_read_and_saving_again_changes_nothing(former: 
     assert updated(text, "f", active) == text
 
 
+COMMENTS = ("# Do not touch", "# the input", "# --- cameras ---", "# the end")  # of no entry
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(FILED), unique=True), st.lists(OUTPUTS, max_size=3), RULE_SETS)
+def test_whatever_becomes_of_a_file_the_comments_of_no_entry_and_of_untouched_ones_stay(
+    kept: list[Rule], outputs: list[Output], new: list[Rule]
+) -> None:
+    active = {r.rule_id: r for r in [*kept, *new]}
+    if outputs and kept:
+        places = {(o.group, o.port, o.interface): o for o in (*kept[0].outputs, *outputs)}
+        active[kept[0].rule_id] = msgspec.structs.replace(kept[0], outputs=tuple(places.values()))
+    text = updated(FILE, "f", active.values())
+    assert compare(parse(text, "f")[1], active.values()).of_rules == 0
+    assert all(comment in text for comment in COMMENTS)
+    for rule_id, comment in (("a", "# main"), ("a", "# by hand"), ("b", "# only this")):
+        if active.get(rule_id) == {r.rule_id: r for r in FILED}[rule_id]:
+            assert comment in text
+
+
 def test_a_file_is_replaced_behind_its_link_and_keeps_its_mode(tmp_path: Path) -> None:
     file, link = tmp_path / "relay.toml", tmp_path / "link.toml"
     file.write_text("old")

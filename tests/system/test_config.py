@@ -7,9 +7,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,17 @@ from relay.cli.config import change_to, find_differences, running_rules, started
 from relay.cli.mcrctl import main
 from relay.client import Client
 from relay.configfile import examine
+from relay.dataplane.counters import StatsSegment
 from relay.errors import ControlError
 from relay.rules import Rule
 from relay.saving import written
 from relay.schema import ANSWERS, of_answer
 from tests.relay.test_differences import RULE_SETS
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, DEADLINE_S, PYTHON, SERVES, Relay, assert_perfect, receiving, send, wait_until
-from tools.environment import CHECKOUT
-from tools.netns import Host, Line
+from tests.system.harness import BIN, SERVES, Relay, assert_perfect, receiver, send, sender, wait_until
+from tools.netns import Line
 
 RATE = "3000"
-SMALL = ("--size", "200")
 
 
 def forward(number: int, group: str, second: str | None = None) -> str:
@@ -85,16 +81,13 @@ def relayed(relay: Relay) -> int:
     return int(ask(relay, "get-stats")["packets_relayed"])
 
 
-@contextmanager
-def streaming(host: Host, *options: str) -> Iterator[Callable[[], int]]:
-    """Send as long as the block lasts; what is given tells how many datagrams that were."""
-    command = [PYTHON, "tools/send_mcast.py", "--quiet", "--json", "--rate", RATE, *SMALL, *options]
-    with host.popen(command, stdout=subprocess.PIPE, cwd=CHECKOUT) as process:
-        try:
-            yield lambda: int(json.loads(summary)["datagrams"])
-        finally:
-            process.send_signal(signal.SIGINT)
-            summary, _ = process.communicate(timeout=DEADLINE_S)
+def tables_used(relay: Relay) -> int:
+    """The generation of the rule table that the worker uses: each change makes one more."""
+    stats = StatsSegment.attach(relay.cores(1)[0], relay.instance)
+    try:
+        return int(stats.header["generation_seen"])
+    finally:
+        stats.close()
 
 
 @pytest.fixture
@@ -119,22 +112,26 @@ def test_a_file_is_applied_under_traffic_and_what_it_leaves_alone_notices_nothin
     back_to = (*of_flows("239.4.1.1", 15), "--port", "6001", "--interface", "right")
     forward_from = (*of_flows("239.1.1.1", 25), "--interface", "right")
     back_from = (*of_flows("239.3.1.1", 15), "--interface", "left")
-    silence = ("--idle-timeout", "2")
+    pace = ("--rate", RATE, "--size", "200")
     with (
-        receiving(sink, tmp_path, *forward_to, *silence) as forwarded,
-        receiving(gen, tmp_path, *back_to, *silence) as came_back,
+        receiver(sink, tmp_path, *forward_to) as forwarded,
+        receiver(gen, tmp_path, *back_to) as came_back,
+        sender(gen, tmp_path, *forward_from, *pace) as forward_sent,
+        sender(sink, tmp_path, *back_from, *pace) as back_sent,
     ):
-        with streaming(gen, *forward_from) as forward_sent, streaming(sink, *back_from) as back_sent:
-            wait_until(lambda: relayed(relay) > 1000, "streams flow")
-            listed = ask(relay, "list-rules")
-            refuse_bad_files(relay, file, after)
-            assert ask(relay, "list-rules") == listed
-            file.write_text(after)
-            applied = relay.ask("config", "apply", "--yes", str(file))
-            before_more = relayed(relay)
-            wait_until(lambda: relayed(relay) > before_more + 1000, "streams flow on")
-        assert_perfect(forwarded(), forward_sent())
-        assert_perfect(came_back(), back_sent())
+        wait_until(lambda: relayed(relay) > 1000, "streams flow")
+        listed = ask(relay, "list-rules")
+        refuse_bad_files(relay, file, after)
+        assert ask(relay, "list-rules") == listed
+        file.write_text(after)
+        before_it = tables_used(relay)
+        applied = relay.ask("config", "apply", "--yes", str(file))
+        assert tables_used(relay) == before_it + 1
+        before_more = relayed(relay)
+        wait_until(lambda: relayed(relay) > before_more + 1000, "streams flow on")
+        sent = [tool.interrupt()["datagrams"] for tool in (forward_sent, back_sent)]
+        assert_perfect(forwarded.drain(), sent[0])
+        assert_perfect(came_back.drain(), sent[1])
     differences = applied["differences"]
     assert [len(differences[what]) for what in ("added", "removed", "changed")] == [10, 10, 10]
     assert {len(change["fields"]) for change in differences["changed"]} == {2}  # an output came, another went
@@ -172,10 +169,10 @@ def test_ten_thousand_rules_of_six_lines_are_applied_and_match(line: Line, relay
     ask(relay, "config", "apply", "--yes", str(file))
     assert control(relay, "config", "diff", str(file)).stdout == "the rules are the same\n"
     assert ask(relay, "config", "save", str(file)) == {"file": str(file), "rules": 10_000, "is_changed": False}
-    to = ("--group", "239.2.0.99", "--port", "6099", "--interface", "left", "--idle-timeout", "1")
-    with receiving(sink, tmp_path, *to) as summary:
+    to = ("--group", "239.2.0.99", "--port", "6099", "--interface", "left")
+    with receiver(sink, tmp_path, *to) as received:
         send(gen, "--interface", "right", "--group", "239.1.0.99", "--port", "5099", "--rate", "2000", "--count", "500")
-        assert_perfect(summary(), 500)
+        assert_perfect(received.drain(), 500)
 
 
 def converge_at_random(relay: Relay) -> None:
