@@ -184,6 +184,7 @@ def test_eighty_columns_show_rates_and_obey_keys(line: Line, relay: Relay, tmp_p
         assert terminal.lines() == held
         terminal.press("p")
         wait_until(lambda: terminal.lines()[0] != held[0], "it goes on")
+        assert relay.text().count("Received command list-rules") == 1, "asked again, and nothing had changed"
 
         former = relay.ask("list-workers")[0]["pid"]
         psutil.Process(former).kill()
@@ -224,6 +225,10 @@ def test_a_screen_outlives_the_relay_and_leaves_the_terminal_in_order(line: Line
         assert [row[0] for row in terminal.rules()] == ["news"]
         relay.kill_family()
         terminal.wait_for("the relay was killed")
+        for path in Path("/dev/shm").glob(f"mcr_{relay.instance}_*"):
+            os.truncate(path, 0)  # an access beyond the end of a mapped file is a SIGBUS
+        held = terminal.lines()
+        wait_until(lambda: terminal.lines()[0] != held[0], "it goes on")
         for path in Path("/dev/shm").glob(f"mcr_{relay.instance}_*"):
             path.unlink()
         terminal.wait_for("the relay has ended")
