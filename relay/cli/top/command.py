@@ -1,5 +1,6 @@
 """The command `mcrctl top`. What it needs takes a second to import, so it is imported when it is called."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,4 +28,6 @@ def top(socket: Path, once: bool, interval_s: float) -> None:
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ControlError("top needs a terminal: give --once to print one frame")
+    if os.environ.get("TERM", "dumb") == "dumb":
+        raise ControlError("top needs a terminal that can move its cursor, and TERM says dumb: give --once")
     screen.run(socket, interval_s)

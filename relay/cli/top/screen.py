@@ -69,6 +69,7 @@ class _Loop:
         self._shown: Frame = watch.look()
 
     def run(self) -> None:
+        """Draw whenever a key or a sample came, until the user quits or a signal ends it."""
         with self._live() as live:
             next_s = time.monotonic() + min(self._interval_s, 0.5)  # rates soon, whatever the interval
             while not (self._view.quitting or self._terminal.ended):

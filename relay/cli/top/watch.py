@@ -76,7 +76,7 @@ class _Cpu:
         self._seen: dict[int, tuple[float, float]] = {}  # by pid: when, seconds of CPU
 
     def percent(self, pid: int, now_s: float) -> float | None:
-        """Since the last call; None at the first, and when there is no such process. Raises psutil.NoSuchProcess."""
+        """Since the last call; None at the first. Raises psutil.Error when there is no such process."""
         times = psutil.Process(pid).cpu_times()
         used_s = times.user + times.system
         former = self._seen.get(pid)
