@@ -27,6 +27,7 @@ CORE_MAX = 1023  # CPU_SETSIZE of sched.h less one
 Level = Literal["emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"]
 FanoutMode = Literal["hash", "cpu", "qm"]
 IdleMode = Literal["adaptive", "sleep", "spin"]
+StreamHealth = Literal["off", "rtp", "full"]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,6 +47,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     exclusive: bool = False  # relayed datagrams stay away from the host's own stack
     ring_mib: Annotated[int, Meta(ge=1, le=RING_MIB_MAX)] = 16
     idle: IdleMode = "adaptive"
+    stream_health: StreamHealth = "full"  # how far workers look into datagrams: not, RTP headers, MPEG-TS headers too
     log_level: Level = "info"
     log_format: Literal["text", "json"] = "text"
     log_timestamps: bool = False

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from relay.api import ChangeId
+from relay.health import StreamHealth
 from relay.rules import RULE_ID_CHARS_MAX, RULES_MAX, Rule
 
 PID_MAX = 1 << 22  # PID_MAX_LIMIT, linux/threads.h
@@ -61,6 +62,18 @@ class Restart(msgspec.Struct, tag=True):
     request_id: Number
 
 
+class Latency(msgspec.Struct):
+    """From the kernel's receive time until a datagram was sent, since the start."""
+
+    datagrams: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    p99_9_us: float
+    p99_99_us: float
+    max_us: float
+
+
 class OutputStats(msgspec.Struct):
     output: str  # "group:port:interface"
     packets: int
@@ -78,6 +91,7 @@ class RuleStats(msgspec.Struct):
     packets_per_second: float
     bits_per_second: float
     outputs: list[OutputStats]
+    streams: list[StreamHealth] = []
 
 
 class WorkerStats(msgspec.Struct):
@@ -94,6 +108,8 @@ class WorkerStats(msgspec.Struct):
     bits_per_second: float
     ring_fill_max_percent: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]
+    latency: Latency | None = None  # None: nothing was relayed yet
+    frames_untracked: int = 0  # of streams for which there was no room: their health is not known
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -172,6 +188,7 @@ class Spawn(msgspec.Struct, tag=True):
     core: int
     instance: str | None
     idle: str
+    stream_health: str = "full"
 
 
 class Spawned(msgspec.Struct, tag=True):

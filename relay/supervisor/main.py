@@ -226,8 +226,9 @@ class Supervisor:
         self._handover: Handover | None = None
         if orphans is not None:
             self._handover = Handover(orphans, self._fleet, *loop, self._on_handed_over)
+        manner = (options.idle, options.stream_health)
         self._nursery = Nursery(
-            self._fleet, *loop, self._owner, options.instance, options.idle, self._keeper, self._on_worker_started
+            self._fleet, *loop, self._owner, options.instance, manner, self._keeper, self._on_worker_started
         )
 
     def _start(self) -> None:

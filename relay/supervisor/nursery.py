@@ -45,7 +45,7 @@ class Nursery:
         timers: Timers,
         owner: tuple[int, int],
         instance: str | None,
-        idle: str,
+        manner: tuple[str, str],
         keeper: Keeper,
         on_started: Callable[[Worker], None],
     ) -> None:
@@ -56,7 +56,7 @@ class Nursery:
         self._owner = owner
         self._uid = owner[0] if os.geteuid() == 0 else os.getuid()  # privileges.drop_to
         self._instance = instance
-        self._idle = idle
+        self._manner = manner  # of waiting, and of looking into streams: as Spawn has them
         self._keeper = keeper
         self._on_started = on_started
         self._template: subprocess.Popen[bytes] | None = None
@@ -246,7 +246,7 @@ class Nursery:
         channel, far = channel_pair(FromWorker)
         with far:
             try:
-                self._channel.send(Spawn(worker.core, self._instance, self._idle), [far.fileno()])
+                self._channel.send(Spawn(worker.core, self._instance, *self._manner), [far.fileno()])
             except ChannelClosedError:
                 channel.close()
                 return

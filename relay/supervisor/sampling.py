@@ -6,17 +6,20 @@ there: what is told are counts.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from relay.dataplane.layout import COUNT_MAX, DropCause
+from relay.health import StreamHealth
+from relay.latency import latency_of
 from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.supervisor.streams import streams_by_rule
 
 WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
 
@@ -104,11 +107,14 @@ class Sampler:
             bits_per_second=8 * self._rate(newer["bytes_relayed"], older["bytes_relayed"]),
             ring_fill_max_percent=min(count(worker.stats.header["ring_fill_max"].max()), 100),
             drops=worker_drops(worker),
+            latency=latency_of(worker.stats.health["latency"], int(worker.stats.health["latency_ns_max"])),
+            frames_untracked=count(worker.stats.health["frames_untracked"]),
         )
 
     def stats(self, request_id: int) -> Stats:
         """Everything, with totals as of now."""
         sample = take_sample(self._fleet)
+        streams = streams_by_rule(self._fleet)
         workers = self.workers()
         drops: dict[str, int] = {}
         for worker in workers:
@@ -124,11 +130,11 @@ class Sampler:
             packets_per_second=sum(worker.packets_per_second for worker in workers),
             bits_per_second=sum(worker.bits_per_second for worker in workers),
             drops=drops,
-            rules=[self._rule(sample, planned) for planned in self._fleet.plan.rules],
+            rules=[self._rule(sample, planned, streams) for planned in self._fleet.plan.rules],
             workers=workers,
         )
 
-    def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:
+    def _rule(self, sample: Sample, planned: PlannedRule, streams: Mapping[str, Sequence[StreamHealth]]) -> RuleStats:
         rule = planned.rule
         counters = sample.rules[self._fleet.rule_slots[rule.rule_id]]
         slots = [self._fleet.output_slots[rule.rule_id, output.output] for output in planned.outputs]
@@ -155,4 +161,5 @@ class Sampler:
                 )
                 for i, output in enumerate(planned.outputs)
             ],
+            streams=list(streams.get(rule.rule_id, ())),
         )

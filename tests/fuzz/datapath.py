@@ -23,7 +23,7 @@ import numpy as np
 
 from logging_shm.atomics import store_release_u32, store_u8, store_u16, store_u32
 from logging_shm.jit import compiled
-from relay.dataplane import layout, memory
+from relay.dataplane import layout, memory, streams
 from relay.dataplane.coalesce import drain
 from relay.dataplane.layout import DropCause
 from relay.dataplane.loop import run_pass
@@ -127,6 +127,7 @@ class DataPath:
         self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, stats, (log, log, log, log))
         self.uring.attach(self.memory.worker)
         self.memory.worker["now_ns"] = 1
+        self.memory.worker["stream_health"] = streams.FULL
         self.receivers = [self._receiver() for _ in range(5)]
         self.receivers[DECREMENTED].setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
         self.egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

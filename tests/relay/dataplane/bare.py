@@ -1,0 +1,12 @@
+"""A worker's memory without a process, a ring or sockets, for what only computes."""
+
+import numpy as np
+
+from relay.dataplane import layout, memory
+
+
+def bare_memory() -> memory.Memory:
+    """Everything that compiled functions use; nothing can be sent."""
+    log = np.zeros(64, np.uint8)
+    sqes = np.zeros(memory.SQ_ENTRIES, layout.IO_URING_SQE)
+    return memory.Memory(sqes, np.zeros(1, layout.IO_URING_CQE), np.zeros(layout.STATS_BYTES, np.uint8), (log,) * 4)
