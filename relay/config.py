@@ -66,6 +66,7 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     input_interface: str | None = None
     source: str | None = None
     preserve_source: bool = False
+    stall_ms: int | None = None
 
     def to_rule(self) -> Rule:
         """The rule, checked and named. Raises RuleError."""

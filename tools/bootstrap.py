@@ -31,6 +31,7 @@ PROGRAMS = {
     "journalctl": "systemd",
     "nft": "nftables",
     "ethtool": "ethtool",
+    "tshark": "tshark",
 }
 
 

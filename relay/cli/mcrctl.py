@@ -15,7 +15,7 @@ from relay import api
 from relay.cli import show
 from relay.client import Client
 from relay.config import LOG_LEVELS, parse, socket_path
-from relay.errors import RelayError, RuleError, UnreachableError
+from relay.errors import ControlError, RelayError, RuleError, UnreachableError
 from relay.rules import Output, Rule, parse_output, parse_ttl
 from relay.version import VERSION
 
@@ -92,6 +92,7 @@ def _single_output(
 @click.option("--dscp", type=int, metavar="N")
 @click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
 @click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
+@click.option("--stall-ms", type=int, metavar="N", help="Tell when a sender is silent for longer.")
 @click.option("--replace", is_flag=True, help="Change the rule of this id.")
 @click.option("--file", "file", type=click.Path(path_type=Path), help="Add the rules of a TOML file, all or none.")
 @json_option
@@ -109,6 +110,7 @@ def add_rule(
     dscp: int | None,
     outputs: tuple[str, ...],
     preserve_source: bool,
+    stall_ms: int | None,
     replace: bool,
     file: Path | None,
     as_json: bool,
@@ -134,6 +136,7 @@ def add_rule(
             input_interface=input_interface,
             source=source,
             preserve_source=preserve_source,
+            stall_ms=stall_ms,
         )
         rules = (rule,)
     answer = _ask(api.AddRules(rules, replace), as_json)
@@ -172,6 +175,24 @@ def get_stats(as_json: bool) -> None:
     answer = _ask(api.GetStats(), as_json)
     if not as_json:
         show.stats(answer.result)
+
+
+@main.command("streams")
+@click.argument("rule_id", metavar="[RULE]", required=False)
+@json_option
+@reports_errors
+def streams(rule_id: str | None, as_json: bool) -> None:
+    """What each rule's senders send, and how well it arrives."""
+    answer = _ask(api.GetStats(), as_json=False)
+    found = {rule["rule_id"]: rule.get("streams", []) for rule in answer.result["rules"]}
+    if rule_id is not None:
+        if rule_id not in found:
+            raise ControlError(f"no rule {rule_id}: `mcrctl list-rules` shows those there are")
+        found = {rule_id: found[rule_id]}
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        show.streams(found)
 
 
 @main.command("list-workers")

@@ -58,6 +58,7 @@ from relay.supervisor.nursery import Nursery
 from relay.supervisor.orphans import LISTENER, claim, end, take_over
 from relay.supervisor.restart import Restarter
 from relay.supervisor.sampling import Sampler
+from relay.supervisor.stalls import StallWatch
 from relay.supervisor.state import VERSION as STATE_VERSION
 from relay.supervisor.state import State, state_file
 from relay.supervisor.timers import Timers
@@ -219,6 +220,7 @@ class Supervisor:
             raise PreflightError(f"{refusal}: start without --exclusive")
         self._changes = Changes(self._fleet)
         self._sampler = Sampler(self._fleet)
+        self._stalls = StallWatch(self._fleet, self._log)
         loop, options = (self._log, self._selector, self._timers), self._options
         self._link = ControlPlaneLink(
             *loop, self._listener, self._owner, options.instance, self._greeting, self._obey, trusted_gid
@@ -237,6 +239,7 @@ class Supervisor:
         for worker in self._fleet.workers:
             self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)
         self._timers.after(TICK_S, self._tick)
+        self._timers.after(self._stalls.period_s(), self._watch_stalls)
         if self._options.stats_interval_s:
             self._timers.after(self._options.stats_interval_s, self._report_again)
 
@@ -371,6 +374,10 @@ class Supervisor:
             )
         self._sampler.tick()
 
+    def _watch_stalls(self) -> None:
+        self._stalls.look()
+        self._timers.after(self._stalls.period_s(), self._watch_stalls)
+
     def _report_again(self) -> None:
         self._timers.after(self._options.stats_interval_s, self._report_again)
         self._report()
@@ -459,6 +466,10 @@ class Supervisor:
                 wanted[rule.rule_id] = validate(rule)
             check_cycles(request.add, wanted, self._options.interfaces)
             warnings = self._fleet.begin(tuple(wanted.values()), self._interfaces, strict=True)
+            if self._options.stream_health == "off":
+                warnings += [
+                    f"rule {r.rule_id}: no stall is seen with --stream-health off" for r in request.add if r.stall_ms
+                ]
             self._rules = wanted
             if request.configured is not None:
                 self._configured_ids = request.configured
