@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from relay.dataplane.layout import (
+    COUNT_MAX,
     LATENCY_BUCKETS,
     LATENCY_NS_MIN_LOG2,
     LATENCY_SUB_BUCKETS_LOG2,
@@ -45,4 +46,4 @@ def latency_of(counts: Any, max_ns: int) -> Latency | None:
         return None
     max_ns = min(max(max_ns, 0), 1 << 62)
     quantiles = {name: quantile_ns(numbers, part, max_ns) / 1000 for name, part in QUANTILES.items()}
-    return Latency(datagrams=sum(numbers), **quantiles, max_us=max_ns / 1000)
+    return Latency(datagrams=min(sum(numbers), COUNT_MAX), **quantiles, max_us=max_ns / 1000)
