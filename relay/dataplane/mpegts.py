@@ -18,7 +18,11 @@ PID_PAT = 0x0000
 PID_NULL = 0x1FFF
 # A header as it is loaded, little-endian.
 TRANSPORT_ERROR = 0x80 << 8
+UNIT_START = 0x40 << 8
 CONTINUITY_SHIFT = 24
+CONTINUITY_ONE = 1 << CONTINUITY_SHIFT
+CONTINUITY_MASK = 0xF << CONTINUITY_SHIFT
+NO_HEADER = -1
 HAS_PAYLOAD = 0x10 << CONTINUITY_SHIFT
 HAS_ADAPTATION = 0x20 << CONTINUITY_SHIFT
 # The byte behind an adaptation field's length
@@ -67,35 +71,65 @@ def recognise(stream: Any, payload: int, payload_bytes: int) -> bool:
 
 @compiled
 def follow(stream: Any, pids: int, payload: int, payload_bytes: int, received_ns: int) -> None:
-    """Take a datagram's cells into a STREAM that carries them; `pids` is the address of its PID records."""
+    """Take a datagram's cells into a STREAM that carries them; `pids` is the address of its PID records.
+
+    Most cells differ from the one before by its counter alone: those are counted in a register.
+    """
     cells = payload_bytes // CELL_BYTES
     if cells * CELL_BYTES != payload_bytes:
         stream.malformed += 1
-    place, known = int64(0), int64(-1)
+    place, former, more = int64(0), int64(NO_HEADER), int64(0)
     for number in range(cells):
         cell = payload + number * CELL_BYTES
         header = int64(load_u32(cell))
-        if (header & 0xFF != SYNC_BYTE or stream.sync_run != IN_SYNC) and not follow_sync(stream, header):
+        next_header = former & ~CONTINUITY_MASK | (former + CONTINUITY_ONE) & CONTINUITY_MASK
+        if header & ~UNIT_START == next_header:
+            former = next_header
+            more += 1
             continue
-        if header & TRANSPORT_ERROR:  # nothing else in it can be trusted
-            stream.transport_errors += 1
-            continue
-        pid = (header & 0x1F00) | (header >> 16 & 0xFF)
-        if pid == PID_NULL:
-            continue
-        if pid != known:
-            place, known = find_pid(stream, pids, pid), pid
-            if pid == PID_PAT:
-                follow_pat(stream, received_ns)
-        if place < 0:
-            stream.cells_untracked += 1
-            continue
-        record = pid_at(pids, place)
-        record.cells += 1
-        follow_continuity(stream, record, cell, header)
-        if header & HAS_ADAPTATION and load_u8(cell + 4) >= PCR_ADAPTATION_BYTES and load_u8(cell + 5) & HAS_PCR:
-            follow_pcr(stream, record, cell, stream.cells + number, received_ns)
+        if more:
+            count_cells(pids, place, former, more)
+            more = int64(0)
+        place = take_cell(stream, pids, cell, header, stream.cells + number, received_ns)
+        former = int64(NO_HEADER)
+        if place >= 0 and header & (HAS_PAYLOAD | HAS_ADAPTATION):
+            former = header & ~(UNIT_START | HAS_ADAPTATION) | HAS_PAYLOAD
+    if more:
+        count_cells(pids, place, former, more)
     stream.cells += cells
+
+
+@compiled
+def count_cells(pids: int, place: int, header: int, more: int) -> None:
+    """Count cells of one PID that followed each other, the last with this header."""
+    record = pid_at(pids, place)
+    record.cells += more
+    record.continuity = header >> CONTINUITY_SHIFT & 0xF
+
+
+@compiled
+def take_cell(stream: Any, pids: int, cell: int, header: int, position: int, received_ns: int) -> int:
+    """Take the cell at `position` of the stream; return the place of its PID's record, -1 where it has none."""
+    if (header & 0xFF != SYNC_BYTE or stream.sync_run != IN_SYNC) and not follow_sync(stream, header):
+        return -1
+    if header & TRANSPORT_ERROR:  # nothing else in it can be trusted
+        stream.transport_errors += 1
+        return -1
+    pid = (header & 0x1F00) | (header >> 16 & 0xFF)
+    if pid == PID_NULL:
+        return -1
+    if pid == PID_PAT:
+        follow_pat(stream, received_ns)
+    place = find_pid(stream, pids, pid)
+    if place < 0:
+        stream.cells_untracked += 1
+        return -1
+    record = pid_at(pids, place)
+    record.cells += 1
+    follow_continuity(stream, record, cell, header)
+    if header & HAS_ADAPTATION and load_u8(cell + 4) >= PCR_ADAPTATION_BYTES and load_u8(cell + 5) & HAS_PCR:
+        follow_pcr(stream, record, cell, position, received_ns)
+    return place
 
 
 @compiled

@@ -72,7 +72,10 @@ def prefetch_frame(slot: int, cells_at: int) -> None:
     prefetch_read(slot + 2 * CACHE_LINE_BYTES)
     if cells_at:
         for i in range(CELLS_USUAL):
-            prefetch_read(slot + cells_at + i * CELL_BYTES)
+            header = slot + cells_at + i * CELL_BYTES
+            prefetch_read(header)
+            if header & (CACHE_LINE_BYTES - 1) > CACHE_LINE_BYTES - 4:
+                prefetch_read(header + 3)  # one that two lines share: of seven in RTP there is one, at 130 ns
 
 
 @compiled

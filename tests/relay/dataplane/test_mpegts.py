@@ -23,10 +23,11 @@ def cell(
     discontinuity: bool = False,
     sync: int = 0x47,
     error: bool = False,
+    unit_start: bool = False,
 ) -> bytes:
     has_adaptation = not payload or pcr is not None or discontinuity
     control = has_adaptation << 5 | payload << 4 | continuity & 15
-    head = bytes([sync, error << 7 | pid >> 8, pid & 0xFF, control])
+    head = bytes([sync, error << 7 | unit_start << 6 | pid >> 8, pid & 0xFF, control])
     if not has_adaptation:
         return head + bytes(184)
     field = bytes([discontinuity << 7 | (pcr is not None) << 4])
@@ -82,7 +83,12 @@ def test_continuity_is_judged_as_the_standard_has_it(cells: list[bytes], errors:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from([0, 17, 256, 320, 0x1FFF]), st.integers(0, 15), st.booleans(), st.booleans()),
+    st.tuples(
+        st.sampled_from([0, 17, 256, 320, 0x1FFF]),
+        st.one_of(st.none(), st.integers(0, 15)),  # None: the one that is due
+        st.sampled_from([True, True, True, False]),
+        st.sampled_from([False, False, False, True]),
+    ),
     max_size=200,
 )
 
@@ -90,14 +96,19 @@ STEPS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(steps=STEPS, cells_of_a_datagram=st.integers(1, 9))
 def test_continuity_agrees_with_a_slow_model(
-    steps: Sequence[tuple[int, int, bool, bool]], cells_of_a_datagram: int
+    steps: Sequence[tuple[int, int | None, bool, bool]], cells_of_a_datagram: int
 ) -> None:
     last: dict[int, tuple[int, bool]] = {}  # the last counter, and whether it was a repetition
     errors: dict[int, int] = {}
-    for pid, continuity, payload, announced in steps:
+    counted: dict[int, int] = {}
+    cells: list[bytes] = []
+    for pid, wanted, payload, announced in steps:
+        former, repeated = last.get(pid, (None, False))
+        continuity = ((former or 0) + payload) % 16 if wanted is None else wanted
+        cells.append(cell(pid, continuity, payload, discontinuity=announced, unit_start=len(cells) % 5 == 0))
         if pid == 0x1FFF:
             continue
-        former, repeated = last.get(pid, (None, False))
+        counted[pid] = counted.get(pid, 0) + 1
         is_repetition = False
         if former is not None and not (announced and continuity != (former + payload) % 16):
             if payload and continuity == former and not repeated:
@@ -108,11 +119,11 @@ def test_continuity_agrees_with_a_slow_model(
                 is_repetition = repeated
         last[pid] = continuity, is_repetition
     stream = Stream()
-    cells = [cell(pid, continuity, payload, discontinuity=flag) for pid, continuity, payload, flag in steps]
     for at in range(0, len(cells), cells_of_a_datagram):
         stream.take(*cells[at : at + cells_of_a_datagram])
     told = {int(pid["pid"]) - 1: int(pid["continuity_errors"]) for pid in stream.pids if pid["continuity_errors"]}
     assert told == errors
+    assert {int(pid["pid"]) - 1: int(pid["cells"]) for pid in stream.pids if pid["pid"]} == counted
     assert stream.count("continuity_errors") == sum(errors.values())
 
 
