@@ -28,6 +28,7 @@ CORE_MAX = 1023  # CPU_SETSIZE of sched.h less one
 Level = Literal["emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"]
 FanoutMode = Literal["hash", "cpu", "qm"]
 IdleMode = Literal["adaptive", "sleep", "spin"]
+StreamHealth = Literal["off", "rtp", "full"]
 
 
 HINTS: dict[KeyPath, str] = {
@@ -79,6 +80,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         int, Meta(ge=1, le=RING_MIB_MAX, description="Packet ring for each worker and interface, in MiB.")
     ] = 16
     idle: Annotated[IdleMode, _about("How workers wait for datagrams.")] = "adaptive"
+    stream_health: Annotated[
+        StreamHealth, _about("How far workers look into datagrams: not, RTP headers, MPEG-TS headers too.")
+    ] = "full"
     log_level: Annotated[Level, _about("Least severity that is logged.")] = "info"
     log_format: Annotated[Literal["text", "json"], _about("How lines on stdout are written.")] = "text"
     log_timestamps: Annotated[bool, _about("Time before each line.")] = False

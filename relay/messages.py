@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from relay.api import ChangeId
+from relay.health import StreamHealth
 from relay.rules import RULE_ID_CHARS_MAX, RULES_MAX, Rule
 
 PID_MAX = 1 << 22  # PID_MAX_LIMIT, linux/threads.h
@@ -65,6 +66,18 @@ class Restart(msgspec.Struct, tag=True):
     request_id: Number
 
 
+class Latency(msgspec.Struct):
+    """From the kernel's receive time until a datagram was sent, since the start."""
+
+    datagrams: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    p99_9_us: float
+    p99_99_us: float
+    max_us: float
+
+
 class OutputStats(msgspec.Struct):
     output: str  # "group:port:interface"
     packets: int
@@ -85,6 +98,7 @@ class RuleStats(msgspec.Struct):
     outputs: list[OutputStats]
     slot: int  # of its counters in the stats segments
     last_packet_unix_s: float | None = None  # when its last datagram came; None before the first
+    streams: list[StreamHealth] = []
 
 
 class WorkerStats(msgspec.Struct):
@@ -104,6 +118,8 @@ class WorkerStats(msgspec.Struct):
     stats_segment: str  # where its counters are, in /dev/shm
     is_excluded: bool = False  # it keeps failing: others get its traffic
     restarts: int = 0  # processes that ended although nobody told them to
+    latency: Latency | None = None  # None: nothing was relayed yet
+    frames_untracked: int = 0  # of streams for which there was no room: their health is not known
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -192,6 +208,7 @@ class Spawn(msgspec.Struct, tag=True):
     core: int
     instance: str | None
     idle: str
+    stream_health: str = "full"
 
 
 class Spawned(msgspec.Struct, tag=True):

@@ -79,6 +79,9 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     input_interface: Annotated[Text | None, _about("Only what comes in here. None: all `interfaces`.")] = None
     source: Annotated[Text | None, _about("Only datagrams of this sender, an IPv4 address. None: of any.")] = None
     preserve_source: Annotated[bool, _about("Send from the original source address.")] = False
+    stall_ms: Annotated[int | None, _about("Tell when a sender is silent for longer, 10 to 3600000. None: never.")] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,7 @@ def _make(
         input_interface=entry.input_interface,
         source=entry.source,
         preserve_source=entry.preserve_source,
+        stall_ms=entry.stall_ms,
     )
     return named(rule)
 

@@ -24,6 +24,7 @@ PORT_MAX = 65_535
 TTL_MAX = 255
 DSCP_MAX = 63  # RFC 2474: six bits
 OUTPUTS_OF_A_RULE_MAX = 1024
+STALL_MS_MIN, STALL_MS_MAX = 10, 3_600_000
 RULES_MAX = 16_384  # both as relay/dataplane/layout.py has them; this module must not load numpy
 OUTPUTS_MAX = 32_768
 INTERFACE = re.compile(r"[^\s/:\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ less the end, dev_valid_name() in net/core/dev.c
@@ -55,6 +56,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     input_interface: Text | None = None  # None: every interface of the relay
     source: Text | None = None  # IPv4 address; None: any
     preserve_source: bool = False
+    stall_ms: int | None = None  # a sender that is silent for longer is told of; None: no one is
 
 
 def output_name(output: Output) -> str:
@@ -81,8 +83,10 @@ def is_multicast(address: str) -> bool:
 
 def content_id(rule: Rule) -> str:
     """A stable name for a rule that was given none: a hash of everything but its name."""
-    content = msgspec.json.encode(msgspec.structs.replace(rule, rule_id=""))
-    return "r-" + hashlib.sha256(content).hexdigest()[:12]
+    content = msgspec.to_builtins(msgspec.structs.replace(rule, rule_id=""))
+    if content["stall_ms"] is None:  # names stay what they were before there was such a field
+        del content["stall_ms"]
+    return "r-" + hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:12]
 
 
 def parse_ttl(text: str) -> int | Literal["decrement"]:
@@ -159,6 +163,11 @@ def _check_source(source: str) -> None:
         raise RuleError(f"source {source} is a multicast group: give a sender's unicast address")
 
 
+def _check_stall(stall_ms: int | None) -> None:
+    if stall_ms is not None and not STALL_MS_MIN <= stall_ms <= STALL_MS_MAX:
+        raise RuleError(f"stall_ms {stall_ms}: give from {STALL_MS_MIN} to {STALL_MS_MAX}")
+
+
 def _check_outputs(rule: Rule) -> None:
     if not 1 <= len(rule.outputs) <= OUTPUTS_OF_A_RULE_MAX:
         raise RuleError(f"rule {rule.rule_id}: {len(rule.outputs)} outputs; give from 1 to {OUTPUTS_OF_A_RULE_MAX}")
@@ -181,6 +190,7 @@ def _checks(rule: Rule) -> Iterator[Check]:
         yield ("input_interface",), _check_interface, ("input interface", rule.input_interface)
     if rule.source is not None:
         yield ("source",), _check_source, (rule.source,)
+    yield ("stall_ms",), _check_stall, (rule.stall_ms,)
     for index, output in enumerate(rule.outputs):
         yield ("outputs", index, "interface"), _check_interface, ("output interface", output.interface)
         yield ("outputs", index, "group"), _check_address, ("output group", output.group)

@@ -23,6 +23,7 @@ ANSWERS: dict[str, Any] = {
     "remove-rule": api.Removed,
     "list-rules": list[api.ActiveRule],
     "get-stats": messages.Stats,
+    "streams": dict[str, list[messages.StreamHealth]],
     "list-workers": list[messages.WorkerStats],
     "ping": api.Pong,
     "log-level get": dict[str, str],

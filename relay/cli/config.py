@@ -151,7 +151,8 @@ def _whole(rule: Rule) -> str:
     source = f" from {rule.source}" if rule.source else ""
     outputs = ", ".join(output_name(output) + _extras(msgspec.to_builtins(output)) for output in rule.outputs)
     preserving = ", source preserved" if rule.preserve_source else ""
-    return f"{rule.input_group}:{rule.input_port}{interface}{source} -> {outputs}{preserving}"
+    stall = f", stalled after {rule.stall_ms} ms" if rule.stall_ms else ""
+    return f"{rule.input_group}:{rule.input_port}{interface}{source} -> {outputs}{preserving}{stall}"
 
 
 def _extras(output: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
-from relay.errors import RelayError, RuleError
+from relay.errors import ControlError, RelayError, RuleError
 from relay.ranges import ConfiguredOutput, ConfiguredRule, expand
 from relay.rules import parse_ttl, split_output
 from relay.version import VERSION
@@ -99,6 +99,7 @@ def _single_output(
 @click.option("--dscp", type=int, metavar="N", help="0 to 63. [default: 0]")
 @click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
 @click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
+@click.option("--stall-ms", type=int, metavar="N", help="Tell when a sender is silent for longer.")
 @click.option("--replace", is_flag=True, help="Change the rule of this id.")
 @click.option("--file", "file", type=click.Path(path_type=Path), help="Add the rules of a TOML file, all or none.")
 @json_option
@@ -116,6 +117,7 @@ def add_rule(
     dscp: int | None,
     outputs: tuple[str, ...],
     preserve_source: bool,
+    stall_ms: int | None,
     replace: bool,
     file: Path | None,
     as_json: bool,
@@ -138,6 +140,7 @@ def add_rule(
             input_interface=input_interface,
             source=source,
             preserve_source=preserve_source,
+            stall_ms=stall_ms,
         )
         rules, wrong = expand(entry)
         for _, reason in wrong[:1]:
@@ -178,6 +181,24 @@ def get_stats(as_json: bool) -> None:
     answer = _ask(api.GetStats(), as_json)
     if not as_json:
         show.stats(answer.result)
+
+
+@main.command("streams")
+@click.argument("rule_id", metavar="[RULE]", required=False)
+@json_option
+@reports_errors
+def streams(rule_id: str | None, as_json: bool) -> None:
+    """What each rule's senders send, and how well it arrives."""
+    answer = _ask(api.GetStats(), as_json=False)
+    found = {rule["rule_id"]: rule.get("streams", []) for rule in answer.result["rules"]}
+    if rule_id is not None:
+        if rule_id not in found:
+            raise ControlError(f"no rule {rule_id}: `mcrctl list-rules` shows those there are")
+        found = {rule_id: found[rule_id]}
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        show.streams(found)
 
 
 @main.command("list-workers")

@@ -54,6 +54,7 @@ def open_standard_descriptors() -> None:
 @click.option("--exclusive", is_flag=True, default=None, help="Only the relay gets what it relays: less CPU.")
 @click.option("--ring-mib", type=int, help="Packet ring for each worker and interface. [default: 16]")
 @click.option("--idle", type=click.Choice(["adaptive", "sleep", "spin"]), help="How workers wait. [default: adaptive]")
+@click.option("--stream-health", type=click.Choice(["off", "rtp", "full"]), help="What is watched. [default: full]")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), metavar="LEVEL", help="Least severity. [default: info]")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
 @click.option("--log-timestamps", is_flag=True, default=None, help="Time before each line.")

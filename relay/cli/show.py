@@ -6,6 +6,16 @@ from rich.console import Console
 from rich.table import Table
 
 SHOWN_OUTPUTS_MAX = 3
+LATENCY_COLUMNS = ("p50", "p90", "p99", "p99.9", "p99.99", "max")
+TS_TROUBLE = (
+    "sync_byte_errors",
+    "sync_losses",
+    "transport_errors",
+    "continuity_errors",
+    "pcr_gaps",
+    "pcr_discontinuities",
+    "pat_gaps",
+)
 
 
 def _console() -> Console:
@@ -17,7 +27,9 @@ def _console() -> Console:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        numeric = column.endswith(("/s", "packets", "matched", "relayed", "dropped", "in", "pid", "core"))
+        numeric = column.endswith(
+            ("/s", "packets", "matched", "relayed", "dropped", "in", "pid", "core", "µs", "silent", "jitter", "max")
+        )
         table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "outputs")
     return table
 
@@ -80,6 +92,52 @@ def stats(result: dict[str, Any]) -> None:
         )
     if result["rules"]:
         console.print(table)
+    _latency(console, result["workers"])
+
+
+def _latency(console: Console, workers: list[dict[str, Any]]) -> None:
+    """A line for each worker that has relayed something."""
+    table = _table("core", *(f"{name} µs" for name in LATENCY_COLUMNS))
+    for worker in workers:
+        latency = worker.get("latency")
+        if latency is not None:
+            values = (latency[f"{name.replace('.', '_')}_us"] for name in LATENCY_COLUMNS)
+            table.add_row(str(worker["core"]), *(f"{value:.1f}" for value in values))
+    if table.row_count:
+        console.print(table)
+
+
+def _trouble(stream: dict[str, Any]) -> str:
+    """What is wrong with a stream, in words: counts that should be 0."""
+    counts = {"malformed": stream["malformed"]}
+    for name in ("lost", "reordered", "duplicates", "ssrc_changes", "sequence_restarts"):
+        counts[name] = stream["rtp"][name] if stream["rtp"] else 0
+    for name in (*TS_TROUBLE, "packets_untracked"):
+        counts[name] = stream["mpeg_ts"][name] if stream["mpeg_ts"] else 0
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count) or "none"
+
+
+def streams(result: dict[str, list[dict[str, Any]]]) -> None:
+    """A line for each stream of each rule."""
+    table = _table(
+        "rule", "source", "interface", "payload", "packets", "silent", "jitter", "gap max", "TS bit/s", "errors"
+    )
+    for rule_id, found in result.items():
+        for stream in found:
+            rtp, mpeg_ts = stream["rtp"], stream["mpeg_ts"]
+            table.add_row(
+                rule_id,
+                stream["source"],
+                stream["interface"],
+                stream["payload"],
+                str(stream["packets"]),
+                f"{stream['silent_ms']:.0f} ms",
+                f"{rtp['jitter_us']:.0f} µs" if rtp else "",
+                f"{stream['gap_max_ms']:.0f} ms",
+                si(mpeg_ts["bits_per_second"]) if mpeg_ts else "",
+                _trouble(stream),
+            )
+    _console().print(table if table.row_count else "no streams")
 
 
 def workers(result: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from logging_shm.atomics import int64
 from logging_shm.compiled import write_event_about
 from logging_shm.jit import compiled
 from relay.dataplane import events, layout
+from relay.dataplane.latency import end_latencies
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,
     ENTRY_VARIES_BY_TTL,
@@ -100,6 +101,7 @@ def drain(m: Any, t: Any) -> None:
             close_batch(m, t, batch_index)
     mark_sent(m)
     complete_all(m, t)
+    end_latencies(m)
     m.batch_count = 0
     m.window += 1
 

@@ -1,7 +1,8 @@
 """The stats segment of a worker, `mcr_dp_c{core}_stats`: written by that worker, read by anyone allowed to.
 
 The supervisor creates it before the worker starts and removes it at the end. It outlives restarts of the
-worker, so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX].
+worker, so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX], HEALTH,
+STREAM[STREAMS_MAX], PID[STREAMS_MAX, PIDS_MAX].
 """
 
 import mmap
@@ -21,6 +22,19 @@ def segment_name(core: int, instance: str | None) -> str:
     return f"mcr_{instance}_dp_c{core}_stats" if instance else f"mcr_dp_c{core}_stats"
 
 
+def sections_of(segment: Any) -> dict[str, Any]:
+    """Views of the parts of a stats segment (u1 array), by their names in memory.ARRAYS."""
+    places = {
+        "stats": (0, layout.STATS_HEADER, 1),
+        "rule_stats": (layout.STATS_RULES_OFFSET, layout.RULE_STATS, layout.RULES_MAX),
+        "output_stats": (layout.STATS_OUTPUTS_OFFSET, layout.OUTPUT_STATS, layout.OUTPUTS_MAX),
+        "health": (layout.STATS_HEALTH_OFFSET, layout.HEALTH, 1),
+        "streams": (layout.STATS_STREAMS_OFFSET, layout.STREAM, layout.STREAMS_MAX),
+        "pids": (layout.STATS_PIDS_OFFSET, layout.PID, layout.STREAMS_MAX * layout.PIDS_MAX),
+    }
+    return {name: segment[at : at + dtype.itemsize * count].view(dtype) for name, (at, dtype, count) in places.items()}
+
+
 class StatsSegment:
     """A mapped stats segment. A context manager; the creator also unlinks it."""
 
@@ -35,10 +49,13 @@ class StatsSegment:
             os.close(fd)
             raise
         self.bytes: Any = np.frombuffer(self._map, np.uint8)
-        rules_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
-        self.header: Any = self.bytes[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER)[0]
-        self.rules: Any = self.bytes[layout.STATS_RULES_OFFSET : rules_end].view(layout.RULE_STATS)
-        self.outputs: Any = self.bytes[layout.STATS_OUTPUTS_OFFSET :].view(layout.OUTPUT_STATS)
+        sections = sections_of(self.bytes)
+        self.header: Any = sections["stats"][0]
+        self.rules: Any = sections["rule_stats"]
+        self.outputs: Any = sections["output_stats"]
+        self.health: Any = sections["health"][0]
+        self.streams: Any = sections["streams"]
+        self.pids: Any = sections["pids"].reshape(layout.STREAMS_MAX, layout.PIDS_MAX)
 
     @classmethod
     def create(cls, core: int, instance: str | None, uid: int, gid: int) -> Self:

@@ -4,7 +4,7 @@ Kernel structures (packet ring, virtio header, io_uring, sendmsg) are read and w
 these dtypes and offsets; the tests compare them with the C ABI. The rest is the relay's own.
 """
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Any, Final
 
 import numpy as np
@@ -157,6 +157,7 @@ DATAGRAM: Final = np.dtype(
         ("segment_bytes", "<i4"),
         ("payload_bytes", "<i4"),
         ("payload", "<i8"),
+        ("received_ns", "<i8"),  # CLOCK_REALTIME, by the kernel that filled the ring
     ]
 )
 
@@ -320,7 +321,109 @@ OUTPUT_STATS: Final = np.dtype(
 )
 STATS_RULES_OFFSET: Final = STATS_HEADER.itemsize
 STATS_OUTPUTS_OFFSET: Final = STATS_RULES_OFFSET + RULES_MAX * RULE_STATS.itemsize
-STATS_BYTES: Final = STATS_OUTPUTS_OFFSET + OUTPUTS_MAX * OUTPUT_STATS.itemsize
+
+# How long datagrams were in the relay: log-linear buckets, as HdrHistogram's (latency.py).
+LATENCY_NS_MIN_LOG2: Final = 10  # below 1.024 us all is one bucket
+LATENCY_NS_MAX_LOG2: Final = 34  # from 17.2 s on, too
+LATENCY_SUB_BUCKETS_LOG2: Final = 4  # of a power of two: a bucket is 1/16 of its lower bound wide
+LATENCY_BUCKETS: Final = 2 + ((LATENCY_NS_MAX_LOG2 - LATENCY_NS_MIN_LOG2) << LATENCY_SUB_BUCKETS_LOG2)
+HEALTH: Final = np.dtype(
+    {
+        "names": ["looked_ns", "streams_seen", "streams_evicted", "frames_untracked", "latency_ns_max", "latency"],
+        "formats": ["<i8", "<i8", "<i8", "<i8", "<i8", ("<i8", (LATENCY_BUCKETS,))],
+        "offsets": [0, 8, 16, 24, 32, 64],
+        "itemsize": 4096,
+    }
+)
+
+STREAMS_MAX: Final = 1024  # of a worker; what fits no more is counted
+PIDS_MAX: Final = 64  # of a stream
+
+
+class Payload(IntFlag):
+    """What a stream carries, as far as its datagrams tell. A transport stream may be in RTP."""
+
+    UDP = 0
+    RTP = 1
+    MPEG_TS = 2
+
+
+# A stream: the datagrams of one sender to one input of one interface. First what every datagram touches.
+# `_ns` without a word before it is CLOCK_MONOTONIC; `received_ns` is the kernel's, CLOCK_REALTIME.
+STREAM: Final = np.dtype(
+    [
+        ("number", "<i8"),  # counts the streams that were here, and is 0 while the record is empty or changes hands
+        ("src", "<u4"),
+        ("dst", "<u4"),
+        ("sport", "<u2"),
+        ("dport", "<u2"),
+        ("ring", "<u2"),
+        ("kind", "<u2"),  # Payload
+        ("packets", "<i8"),
+        ("bytes", "<i8"),
+        ("first_ns", "<i8"),
+        ("last_ns", "<i8"),
+        ("received_ns", "<i8"),  # the last one
+        # RTP, RFC 3550
+        ("ssrc", "<u4"),
+        ("payload_type", "<u2"),
+        ("misfits", "<u2"),  # datagrams in a row that are no RTP
+        ("sequence", "<i8"),  # the highest, extended by the number of times that it went round
+        ("timestamp", "<i8"),  # of the last one; -1: the next begins anew
+        ("tick_ns_16", "<i8"),  # of the media clock, times 2^16; 0: unknown
+        ("jitter_ns_16", "<i8"),  # times 16, as RFC 3550 A.8 keeps it
+        ("jitter_ns_16_max", "<i8"),
+        ("missing_low", "<i8"),  # bit i: the datagram i before the highest has not come
+        ("missing_high", "<i8"),  # i from 64 on
+        ("sequence_first", "<i8"),  # extended likewise
+        ("bad_sequence", "<i8"),  # what would follow a jump; -1: none
+        ("rtp_lost", "<i8"),
+        ("rtp_reordered", "<i8"),
+        ("rtp_duplicates", "<i8"),
+        ("ssrc_changes", "<i8"),
+        ("sequence_restarts", "<i8"),
+        ("malformed", "<i8"),  # not what the stream carries
+        # recognition, and gaps of any stream
+        ("rtp_run", "<i8"),  # datagrams that look like RTP, one after the other
+        ("cell_run", "<i8"),  # likewise, of whole transport stream packets
+        ("gaps", "<i8"),  # longer than STALL_NS_MIN
+        ("gap_ns", "<i8"),  # the last of them
+        ("gap_end_ns", "<i8"),
+        ("gap_ns_max", "<i8"),
+        ("pad", "<i8", (2,)),
+        # MPEG-TS, ISO/IEC 13818-1, ETSI TR 101 290
+        ("cells", "<i8"),
+        ("sync_byte_errors", "<i8"),
+        ("sync_losses", "<i8"),
+        ("transport_errors", "<i8"),
+        ("continuity_errors", "<i8"),
+        ("cells_untracked", "<i8"),  # of PIDs that fit no more
+        ("sync_run", "<i8"),  # cells in a row with a sync byte, or, negative, without one
+        ("pids", "<i8"),
+        ("pcr_gaps", "<i8"),
+        ("pcr_discontinuities", "<i8"),
+        ("pat_gaps", "<i8"),
+        ("pat_received_ns", "<i8"),
+        ("rate_pid", "<i8"),  # plus 1: the bit rate is measured between its PCRs
+        ("rate_pcr", "<i8"),
+        ("rate_cells", "<i8"),
+        ("bits_per_second", "<i8"),
+    ]
+)
+PID: Final = np.dtype(
+    [
+        ("pid", "<i8"),  # plus 1; 0: free
+        ("continuity", "<i8"),  # the last counter, plus CONTINUITY_REPEATED
+        ("cells", "<i8"),
+        ("continuity_errors", "<i8"),
+        ("pcr", "<i8"),  # 27 MHz, plus 1; 0: none yet
+        ("pcr_received_ns", "<i8"),
+    ]
+)
+STATS_HEALTH_OFFSET: Final = STATS_OUTPUTS_OFFSET + OUTPUTS_MAX * OUTPUT_STATS.itemsize
+STATS_STREAMS_OFFSET: Final = STATS_HEALTH_OFFSET + HEALTH.itemsize
+STATS_PIDS_OFFSET: Final = STATS_STREAMS_OFFSET + STREAMS_MAX * STREAM.itemsize
+STATS_BYTES: Final = STATS_PIDS_OFFSET + STREAMS_MAX * PIDS_MAX * PID.itemsize
 
 
 COUNT_MAX: Final = (1 << 63) - 1  # that a counter holds

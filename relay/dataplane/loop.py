@@ -1,7 +1,7 @@
 """The loop: where the stages of the data path meet. One worker process runs it, pinned to one core.
 
-    packet ring ─▶ read_frame ─▶ match ─▶ add ─▶ drain ─▶ release
-    (ring.py)      (parse.py)   (match)  (coalesce)  (send)  (ring)
+    packet ring ─▶ read_frame ─▶ match ─▶ observe ─▶ add ─▶ drain ─▶ release
+    (ring.py)      (parse.py)   (match)  (streams) (coalesce) (send)  (ring)
 
 A pass takes what the rings hold, at most PASS_FRAMES_MAX frames of each, sends it, and only then gives
 the slots back, so a worker that dies in a pass leaves its frames in the ring for the next one. The loop
@@ -15,17 +15,20 @@ from logging_shm.compiled import write_event
 from logging_shm.jit import compiled
 from relay.dataplane import events
 from relay.dataplane.coalesce import add, drain
+from relay.dataplane.latency import begin_latency
 from relay.dataplane.layout import (
     DROP_CAUSES,
+    HEALTH,
     RINGS_MAX,
     STATS_HEADER,
     DropCause,
     offset_of,
 )
-from relay.dataplane.match import NO_ENTRY, flow_index
+from relay.dataplane.match import flow_index
 from relay.dataplane.memory import PASS_FRAMES_MAX, flow_at, i64_at, pollfd_at, ring_at, stats_at, timespec_of
 from relay.dataplane.ring import fetch_copies, is_filled, needs_fetch, prefetch_frame, read_frame, release
 from relay.dataplane.send import DROPS_OFFSET, count_drops, trace_is_on
+from relay.dataplane.streams import cells_at, observe
 from relay.dataplane.syscalls import clock_gettime, clock_nanosleep, getsockopt, poll
 
 NONE = int(DropCause.NONE)
@@ -40,7 +43,7 @@ IDLE_SPIN = 2
 RATE_WINDOW_NS = 200_000  # over which the distance between datagrams is measured
 NAP_GAP_NS = 6_000  # datagrams nearer than that: a nap saves more than half of the core, and finds many to coalesce
 SPIN_GAP_NS = 100_000  # further apart than that: spinning for the next costs more than the wake-up that it saves
-PREFETCH_FRAMES = 2  # ahead
+PREFETCH_FRAMES = 8  # ahead; with 2 a full ring takes 13 % longer
 EMPTY_PASSES_PER_CLOCK = 64  # spinning reads the clock (20 ns) once in so many looks at the rings
 
 CLOCK_MONOTONIC = 1
@@ -58,6 +61,7 @@ SEVERITY_DEBUG = 7
 FILL_LEVELS_PERCENT = (50, 80, 95)
 DOORBELL_OFFSET = offset_of(STATS_HEADER, "doorbell")
 HEARTBEAT_OFFSET = offset_of(STATS_HEADER, "heartbeat_ns")
+LOOKED_OFFSET = offset_of(HEALTH, "looked_ns")
 FILL_MAX_OFFSET = offset_of(STATS_HEADER, "ring_fill_max")
 
 # Why the loop returned.
@@ -80,12 +84,12 @@ def relay_frame(m: Any, t: Any, ring: Any, ring_index: int, slot: int) -> None:
     stats = stats_at(m.stats, 0)
     stats.packets_in += datagram.datagrams
     stats.bytes_in += datagram.payload_bytes
-    entry = NO_ENTRY
-    if cause == NONE:
-        flow = flow_at(m.flows, flow_index(m, t, datagram, ring_index))
-        cause, entry = int64(flow.cause), int64(flow.entry)
     if cause != NONE:
         count_drops(m, cause, datagram.datagrams)
+        return
+    flow = flow_at(m.flows, flow_index(m, t, datagram, ring_index))
+    if flow.cause != NONE:
+        count_drops(m, int64(flow.cause), datagram.datagrams)
         return
     stats.packets_matched += datagram.datagrams
     stats.bytes_matched += datagram.payload_bytes
@@ -94,7 +98,10 @@ def relay_frame(m: Any, t: Any, ring: Any, ring_index: int, slot: int) -> None:
             m.log_ingress, SEVERITY_DEBUG, events.RECEIVED, m.now_ns,
             (datagram.src, datagram.sport, datagram.dst, datagram.dport, datagram.datagrams, datagram.payload_bytes),
         )  # fmt: skip
-    add(m, t, entry, datagram)
+    observe(m, flow, datagram, ring_index)
+    m.cells_at = cells_at(m, flow, datagram, slot, ring.frame_bytes)
+    add(m, t, int64(flow.entry), datagram)
+    begin_latency(m, datagram)
 
 
 @compiled
@@ -109,7 +116,7 @@ def take_frames(m: Any, t: Any, ring_index: int) -> int:
             break
         if ahead >= frames:
             ahead -= frames
-        prefetch_frame(ring.base + ahead * frame_bytes)
+        prefetch_frame(ring.base + ahead * frame_bytes, m.cells_at)
         if needs_fetch(ring, slot):
             drain(m, t)
             fetch_copies(m, ring_index)
@@ -200,10 +207,20 @@ def sleep_until_readable(m: Any, timeout_ms: int) -> bool:
 
 
 @compiled
+def note_look(m: Any) -> None:
+    """Note that everything that came before has been taken, so that who waits for a stream knows that none came."""
+    for ring_index in range(RINGS_MAX):
+        if ring_at(m.rings, ring_index).active:
+            store_release_i64(m.health + LOOKED_OFFSET, m.now_ns)
+            return
+
+
+@compiled
 def on_timer(m: Any) -> bool:
     """Heartbeat, reports, trace switch; True when the supervisor sent something or is gone."""
     m.timer_ns = m.now_ns + TIMER_INTERVAL_NS
     store_release_i64(m.stats + HEARTBEAT_OFFSET, m.now_ns)
+    note_look(m)
     m.trace = 1 if trace_is_on(m) else 0
     if m.now_ns >= m.report_ns:
         m.report_ns = m.now_ns + REPORT_INTERVAL_NS

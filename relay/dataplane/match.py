@@ -9,7 +9,7 @@ from logging_shm.atomics import int64
 from logging_shm.jit import compiled
 from relay.dataplane import hashing, layout
 from relay.dataplane.layout import ENTRY_HAS_SOURCES, DropCause
-from relay.dataplane.memory import FLOWS, flow_at
+from relay.dataplane.memory import FLOWS, STREAM_UNSOUGHT, flow_at
 from relay.dataplane.records import record_at
 
 NO_ENTRY = -1
@@ -86,6 +86,7 @@ def learn(t: Any, flow: Any, datagram: Any, ports: int, ring: int) -> None:
     flow.ring = ring
     flow.generation = t.generation + 1
     flow.entry = match(t, dst, dport, ring, src)
+    flow.stream = STREAM_UNSOUGHT
     flow.cause = NONE
     if flow.entry == NO_ENTRY:
         flow.cause = NO_MATCH

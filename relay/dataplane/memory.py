@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from relay.dataplane import layout, uring_params
 from relay.dataplane.copies import ARENA_OFFSET, COPIES_HEADER, COPY_SLOT_BYTES, COPY_SLOTS
+from relay.dataplane.counters import sections_of
 from relay.dataplane.layout import UDP_SEGMENTS_MAX
 from relay.dataplane.records import record_at
 
@@ -21,7 +22,11 @@ from relay.dataplane.records import record_at
 PASS_FRAMES_MAX = 4096
 BATCHES_MAX = 1024
 SQ_ENTRIES = uring_params.SQ_ENTRIES
+NO_STREAM = -1  # there was no room for its record
+STREAM_UNSOUGHT = -2
 TABLE_ENTRIES_MAX = 65_536
+STREAM_INDEX_SLOTS = 4 * layout.STREAMS_MAX
+PENDING_MAX = layout.RINGS_MAX * PASS_FRAMES_MAX  # a pass drains at its end at the latest
 FLOWS = 1024  # of the flow cache, a power of two; 32 KiB
 
 # What match and is_own_source said of a flow, for the datagrams that follow: one probe instead of two or three.
@@ -30,10 +35,11 @@ FLOW = np.dtype(
         ("src", "<u4"),
         ("dst", "<u4"),
         ("ports", "<u4"),  # source << 16 | destination
-        ("ring", "<u4"),
+        ("ring", "<u2"),
+        ("cause", "<u2"),  # DropCause
         ("generation", "<i8"),  # of the table that said it, plus 1; 0: empty
         ("entry", "<i4"),
-        ("cause", "<i4"),  # DropCause
+        ("stream", "<i4"),  # number of its record, NO_STREAM or STREAM_UNSOUGHT
     ]
 )
 
@@ -53,6 +59,7 @@ RING = np.dtype(
 )
 
 POLLFD = np.dtype([("fd", "<i4"), ("events", "<i2"), ("revents", "<i2")])
+PENDING = np.dtype([("received_ns", "<i8"), ("datagrams", "<i8")])
 RETRY = np.dtype([("output", "<i4"), ("batch", "<i4")])
 OPEN_BATCH = np.dtype([("window", "<i8"), ("batch", "<i8")])
 I64 = np.dtype([("value", "<i8")])
@@ -81,6 +88,11 @@ ARRAYS: tuple[tuple[str, Any, int | None], ...] = (
     ("stats", layout.STATS_HEADER, None),  # shared: the stats segment
     ("rule_stats", layout.RULE_STATS, None),
     ("output_stats", layout.OUTPUT_STATS, None),
+    ("health", layout.HEALTH, None),
+    ("streams", layout.STREAM, None),
+    ("pids", layout.PID, None),  # PIDS_MAX a stream
+    ("stream_index", I32, STREAM_INDEX_SLOTS),  # from a hash to a stream's number
+    ("pending", PENDING, PENDING_MAX),  # frames matched since the last drain
     ("log_dataplane", U8, None),  # shared: the log segments
     ("log_ingress", U8, None),
     ("log_egress", U8, None),
@@ -116,6 +128,11 @@ WORKER = np.dtype(
         ("gap_packets", "<i8"),
         ("draining", "<i8"),
         ("trace", "<i8"),
+        # health of streams
+        ("stream_health", "<i8"),  # one of streams.OFF, ONLY_RTP, FULL
+        ("cells_at", "<i8"),  # where in a slot transport stream packets began lately; 0: nowhere
+        ("pending_count", "<i8"),
+        ("evict_next", "<i8"),  # where to look for a stream that has ended
         ("timespec", "<i8", (2,)),
         ("datagram", layout.DATAGRAM),
         *((name, "<i8") for name, _, _ in ARRAYS),
@@ -139,6 +156,10 @@ u8_at = record_at(U8)
 stats_at = record_at(layout.STATS_HEADER)
 rule_stats_at = record_at(layout.RULE_STATS)
 output_stats_at = record_at(layout.OUTPUT_STATS)
+health_at = record_at(layout.HEALTH)
+stream_at = record_at(layout.STREAM)
+pid_at = record_at(layout.PID)
+pending_at = record_at(PENDING)
 TIMESPEC_OFFSET = layout.offset_of(WORKER, "timespec")
 
 
@@ -169,17 +190,14 @@ class Memory:
         Ingress, Egress and BufferPool segments.
         """
         fetched = copies[: COPIES_HEADER.itemsize].view(COPIES_HEADER)[0]
-        rules_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
         self.arrays: dict[str, Any] = {name: np.zeros(count, dtype) for name, dtype, count in ARRAYS if count}
         self.arrays |= {
             "sqes": sqes,
             "cqes": cqes,
-            "stats": stats[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER),
-            "rule_stats": stats[layout.STATS_RULES_OFFSET : rules_end].view(layout.RULE_STATS),
-            "output_stats": stats[layout.STATS_OUTPUTS_OFFSET : layout.STATS_BYTES].view(layout.OUTPUT_STATS),
             "copy_mmsg": fetched["mmsg"].reshape(-1),
             "copy_places": fetched["places"].reshape(-1).view(I64),
             "copy_arena": copies[ARENA_OFFSET:],
+            **sections_of(stats),
         }
         self.arrays |= dict(zip(("log_dataplane", "log_ingress", "log_egress", "log_bufferpool"), logs, strict=True))
         self._record = np.zeros(1, WORKER)

@@ -37,11 +37,14 @@ from relay.dataplane.layout import (
     offset_of,
 )
 from relay.dataplane.memory import i64_at, iovec_at, mmsg_at, ring_at
+from relay.dataplane.mpegts import CELL_BYTES
 from relay.dataplane.parse import parse
 from relay.dataplane.syscalls import recvmmsg
 
 TP_LEN = offset_of(TPACKET2_HDR, "tp_len")
 TP_SNAPLEN = offset_of(TPACKET2_HDR, "tp_snaplen")
+TP_SEC = offset_of(TPACKET2_HDR, "tp_sec")
+TP_NSEC = offset_of(TPACKET2_HDR, "tp_nsec")
 TP_MAC = offset_of(TPACKET2_HDR, "tp_mac")
 PKTTYPE = TPACKET2_HDR.itemsize + offset_of(SOCKADDR_LL, "sll_pkttype")
 VNET_BYTES = VIRTIO_NET_HDR.itemsize
@@ -49,6 +52,7 @@ VNET_GSO_TYPE = offset_of(VIRTIO_NET_HDR, "gso_type")
 VNET_GSO_SIZE = offset_of(VIRTIO_NET_HDR, "gso_size")
 MMSG_BYTES = MMSGHDR.itemsize
 NO_SLOT = -1
+CELLS_USUAL = 7  # as many as fit a datagram over Ethernet
 COMPARED_BYTES_MAX = 256  # both headers and more payload than two neighbours of a stream share
 TRUNCATED = int(DropCause.TRUNCATED)
 NO_MATCH = int(DropCause.NO_MATCH)
@@ -61,10 +65,19 @@ def is_filled(slot: int) -> bool:
 
 
 @compiled
-def prefetch_frame(slot: int) -> None:
-    """Have the lines of a slot that hold its header and the frame's headers fetched from the core that wrote them."""
+def prefetch_frame(slot: int, cells_at: int) -> None:
+    """Have lines of a slot fetched from the core that wrote them: its header, those of the frame and of RTP, and
+    those of transport stream packets, if they begin at `cells_at` of it.
+    """
     prefetch_read(slot)
     prefetch_read(slot + CACHE_LINE_BYTES)
+    prefetch_read(slot + 2 * CACHE_LINE_BYTES)
+    if cells_at:
+        for i in range(CELLS_USUAL):
+            header = slot + cells_at + i * CELL_BYTES
+            prefetch_read(header)
+            if header & (CACHE_LINE_BYTES - 1) > CACHE_LINE_BYTES - 4:
+                prefetch_read(header + 3)  # one that two lines share: of seven in RTP there is one, at 130 ns
 
 
 @compiled
@@ -149,6 +162,7 @@ def read_frame(m: Any, ring: Any, ring_index: int, slot: int) -> int:
     datagram = m.datagram
     datagram.datagrams = 1
     datagram.payload_bytes = 0
+    datagram.received_ns = int64(load_u32(slot + TP_SEC)) * 1_000_000_000 + int64(load_u32(slot + TP_NSEC))
     if status & TP_STATUS_COPY:
         if ring.copy_next >= ring.copy_count:
             return TRUNCATED

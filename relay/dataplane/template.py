@@ -24,6 +24,7 @@ from relay.credentials import peer_of
 from relay.dataplane import CACHE_DIRECTORY, layout, loop, memory
 from relay.dataplane.copies import COPIES_BYTES
 from relay.dataplane.ring import find_cursor, resume_copies
+from relay.dataplane.streams import prune, rebuild_index
 from relay.dataplane.syscalls import load_liburing
 from relay.dataplane.table import compile_table, view_table
 from relay.dataplane.worker import main as run_worker
@@ -56,6 +57,8 @@ def load_compiled_code() -> None:
     frame = np.zeros(layout.TPACKET2_HDR.itemsize, np.uint8)
     find_cursor(memory.address_of(frame), 1, len(frame), 0)
     resume_copies(worker_memory.worker, 0)
+    rebuild_index(worker_memory.worker)
+    prune(worker_memory.worker, table.view)
 
 
 class Template:
@@ -147,7 +150,7 @@ class Template:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._close_all()
-            run_worker(spawn.core, spawn.instance, spawn.idle, socket.socket(fileno=end), copies)
+            run_worker(spawn, socket.socket(fileno=end), copies)
             status = 0
         except BaseException:
             traceback.print_exc()

@@ -18,7 +18,7 @@ import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
 from relay.confinement.roles import confine_worker
-from relay.dataplane import layout, loop, memory
+from relay.dataplane import layout, loop, memory, streams
 from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
@@ -34,12 +34,14 @@ from relay.messages import (
     RemoveRing,
     SetSockets,
     SetTable,
+    Spawn,
     Started,
     TableInUse,
     ToWorker,
 )
 
 IDLE_MODES = {"adaptive": loop.IDLE_ADAPTIVE, "sleep": loop.IDLE_SLEEP, "spin": loop.IDLE_SPIN}
+STREAM_HEALTH = {"off": streams.OFF, "rtp": streams.ONLY_RTP, "full": streams.FULL}
 SPIN_NS = 100_000  # twice a wake-up here, while datagrams come that near to each other
 NAP_NS = 50_000  # 2.3 M packets/s a core with it, 1.2 M without; adds at most as much latency
 PR_SET_TIMERSLACK = 29
@@ -51,7 +53,8 @@ REJECT_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K
 class Worker:
     """State of the worker process outside compiled code."""
 
-    def __init__(self, core: int, instance: str | None, idle: str, channel: Channel[Any], copies: Any) -> None:
+    def __init__(self, spawn: Spawn, channel: Channel[Any], copies: Any) -> None:
+        core, instance = spawn.core, spawn.instance
         self.core = core
         self.channel = channel
         self.logging = DataPlaneLogging.attach(core, instance=instance)
@@ -69,9 +72,11 @@ class Worker:
         state = self.memory.worker
         self.uring.attach(state)
         state["control_fd"] = channel.fileno()
-        state["idle_mode"] = IDLE_MODES[idle]
+        state["idle_mode"] = IDLE_MODES[spawn.idle]
+        state["stream_health"] = STREAM_HEALTH[spawn.stream_health]
         state["spin_ns"] = SPIN_NS
         state["nap_ns"] = NAP_NS
+        streams.rebuild_index(state)
         state["doorbell_seen"] = self.stats.header["doorbell"]
         self.memory["reported"]["value"] = self.stats.header["drops"]
         self.stats.header["pid"] = os.getpid()
@@ -131,6 +136,7 @@ class Worker:
                 case SetTable():
                     self.table = map_table(descriptors[0])
                     os.close(descriptors[0])
+                    streams.prune(self.memory.worker, self.table.view)
                     self.stats.header["generation_seen"] = self.table.generation
                     self.channel.send(TableInUse(self.table.generation))
 
@@ -184,12 +190,12 @@ class Worker:
         self.memory.worker["draining"] = 1
 
 
-def main(core: int, instance: str | None, idle: str, end: socket.socket, copies: int) -> None:
+def main(spawn: Spawn, end: socket.socket, copies: int) -> None:
     """Run a worker in this process until it is told to end. `copies` is the descriptor of its copy arena."""
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, {spawn.core})
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end.setblocking(False)
-    worker = Worker(core, instance, idle, Channel(end, ToWorker), map_copies(copies))
+    worker = Worker(spawn, Channel(end, ToWorker), map_copies(copies))
     os.close(copies)
     if not confine_worker():
         worker.log.warning("No seccomp filter: this kernel or machine has none for it")

@@ -537,6 +537,10 @@ class Fleet:
             return [str(error)]
         return []
 
+    def interface_names(self) -> dict[int, str]:
+        """The interfaces of the rings, by ring number."""
+        return {ring.number: name for name, ring in self._rings.items()}
+
     # --- a worker that keeps dying ----------------------------------------------------------------
 
     def exclude(self, worker: Worker) -> int | None:

@@ -62,6 +62,7 @@ from relay.supervisor.orphans import LISTENER, claim, end, take_over
 from relay.supervisor.restart import Restarter
 from relay.supervisor.sampling import Sampler
 from relay.supervisor.service import ServiceManager
+from relay.supervisor.stalls import StallWatch
 from relay.supervisor.state import VERSION as STATE_VERSION
 from relay.supervisor.state import State, state_file
 from relay.supervisor.timers import Timers
@@ -236,6 +237,7 @@ class Supervisor:
             raise PreflightError(f"{refusal}: start without --exclusive")
         self._changes = Changes(self._fleet)
         self._sampler = Sampler(self._fleet)
+        self._stalls = StallWatch(self._fleet, self._log)
         loop, options = (self._log, self._selector, self._timers), self._options
         self._link = ControlPlaneLink(
             *loop, self._listener, self._owner, options.instance, self._greeting, self._obey, trusted_gid
@@ -243,8 +245,9 @@ class Supervisor:
         self._handover: Handover | None = None
         if orphans is not None:
             self._handover = Handover(orphans, self._fleet, *loop, self._on_handed_over)
+        manner = (options.idle, options.stream_health)
         self._nursery = Nursery(
-            self._fleet, *loop, self._owner, options.instance, options.idle, self._keeper, self._on_worker_started
+            self._fleet, *loop, self._owner, options.instance, manner, self._keeper, self._on_worker_started
         )
 
     def _start(self) -> None:
@@ -253,6 +256,7 @@ class Supervisor:
         for worker in self._fleet.workers:
             self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)
         self._timers.after(TICK_S, self._tick)
+        self._timers.after(self._stalls.period_s(), self._watch_stalls)
         if self._options.stats_interval_s:
             self._timers.after(self._options.stats_interval_s, self._report_again)
         self._service.start()
@@ -428,6 +432,10 @@ class Supervisor:
             self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
             self._follow_interfaces()
 
+    def _watch_stalls(self) -> None:
+        self._stalls.look()
+        self._timers.after(self._stalls.period_s(), self._watch_stalls)
+
     def _report_again(self) -> None:
         self._timers.after(self._options.stats_interval_s, self._report_again)
         self._report()
@@ -519,6 +527,10 @@ class Supervisor:
                 wanted[rule.rule_id] = validate(rule)
             check_cycles(request.add, wanted, self._options.interfaces)
             warnings = self._fleet.begin(tuple(wanted.values()), self._interfaces, strict=True)
+            if self._options.stream_health == "off":
+                warnings += [
+                    f"rule {r.rule_id}: no stall is seen with --stream-health off" for r in request.add if r.stall_ms
+                ]
             self._rules = wanted
             self._remember_configured(request)
             if request.change_id is not None:

@@ -48,7 +48,7 @@ class Nursery:
         timers: Timers,
         owner: tuple[int, int],
         instance: str | None,
-        idle: str,
+        manner: tuple[str, str],
         keeper: Keeper,
         on_started: Callable[[Worker], None],
     ) -> None:
@@ -60,7 +60,7 @@ class Nursery:
         self._owner = owner
         self._uid = owner[0] if os.geteuid() == 0 else os.getuid()  # privileges.drop_to
         self._instance = instance
-        self._idle = idle
+        self._manner = manner  # of waiting, and of looking into streams: as Spawn has them
         self._keeper = keeper
         self._on_started = on_started
         self._template: subprocess.Popen[bytes] | None = None
@@ -255,7 +255,7 @@ class Nursery:
         with far:
             try:
                 self._channel.send(
-                    Spawn(worker.core, self._instance, self._idle), [far.fileno(), worker.copies.fileno()]
+                    Spawn(worker.core, self._instance, *self._manner), [far.fileno(), worker.copies.fileno()]
                 )
             except ChannelClosedError:
                 channel.close()

@@ -6,17 +6,20 @@ there: what is told are counts.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from relay.dataplane.layout import COUNT_MAX, DropCause
+from relay.health import StreamHealth
+from relay.latency import latency_of
 from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.supervisor.streams import streams_by_rule
 from relay.version import VERSION
 
 WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
@@ -116,11 +119,14 @@ class Sampler:
             is_excluded=worker.is_excluded,
             stats_segment=worker.stats.name,
             restarts=worker.restarts,
+            latency=latency_of(worker.stats.health["latency"], int(worker.stats.health["latency_ns_max"])),
+            frames_untracked=count(worker.stats.health["frames_untracked"]),
         )
 
     def stats(self, request_id: int) -> Stats:
         """Everything, with totals as of now."""
         sample = take_sample(self._fleet)
+        streams = streams_by_rule(self._fleet)
         workers = self.workers()
         drops: dict[str, int] = {}
         for worker in workers:
@@ -136,12 +142,12 @@ class Sampler:
             packets_per_second=sum(worker.packets_per_second for worker in workers),
             bits_per_second=sum(worker.bits_per_second for worker in workers),
             drops=drops,
-            rules=[self._rule(sample, planned) for planned in self._fleet.plan.rules],
+            rules=[self._rule(sample, planned, streams) for planned in self._fleet.plan.rules],
             workers=workers,
             version=VERSION,
         )
 
-    def _rule(self, sample: Sample, planned: PlannedRule) -> RuleStats:
+    def _rule(self, sample: Sample, planned: PlannedRule, streams: Mapping[str, Sequence[StreamHealth]]) -> RuleStats:
         rule = planned.rule
         slot = self._fleet.rule_slots[rule.rule_id]
         counters = sample.rules[slot]
@@ -172,4 +178,5 @@ class Sampler:
             ],
             slot=slot,
             last_packet_unix_s=unix_s(counters["last_ns"]),
+            streams=list(streams.get(rule.rule_id, ())),
         )

@@ -23,7 +23,7 @@ import numpy as np
 
 from logging_shm.atomics import store_release_u32, store_u8, store_u16, store_u32
 from logging_shm.jit import compiled
-from relay.dataplane import copies, layout, memory
+from relay.dataplane import copies, layout, memory, mpegts, streams
 from relay.dataplane.coalesce import drain
 from relay.dataplane.layout import DropCause
 from relay.dataplane.loop import run_pass
@@ -129,6 +129,7 @@ class DataPath:
         )
         self.uring.attach(self.memory.worker)
         self.memory.worker["now_ns"] = 1
+        self.memory.worker["stream_health"] = streams.FULL
         self.receivers = [self._receiver() for _ in range(5)]
         self.receivers[DECREMENTED].setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
         self.egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -284,6 +285,8 @@ class DataPath:
         stats = self.memory["stats"][0]
         before = {name: int(stats[name]) for name in ("packets_in", "packets_matched", "bytes_in", "packets_relayed")}
         self.put(made, metas, came)
+        self.memory["streams"]["kind"] = number % 4  # each is taken for everything that it could be
+        self.memory["streams"]["sync_run"] = mpegts.IN_SYNC
         taken = run_pass(self.memory.worker, self.table.view)
         self.drops += drops
         got = [self.received(receiver) for receiver in range(len(self.receivers))]
@@ -303,6 +306,9 @@ class DataPath:
             wrong.append(f"counters grew by {increase}, not {wanted}")
         if (stats["drops"] != self.drops).any():
             wrong.append(f"drops {(stats['drops'] - self.drops + drops).tolist()}, not {drops.tolist()}")
+        seen = self.memory["streams"]["packets"].sum()
+        if seen != stats["packets_matched"] and not self.memory["health"][0]["frames_untracked"]:
+            wrong.append(f"streams have {seen} datagrams of {stats['packets_matched']}")
         for receiver, (ours, theirs) in enumerate(zip(sent, got, strict=True)):
             if receiver == FROM_ANY:  # what two entries send has no order among them
                 ours, theirs = sorted(ours), sorted(theirs)  # noqa: PLW2901

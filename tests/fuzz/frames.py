@@ -54,10 +54,21 @@ def _payload(size: int) -> bytes:
     return np.random.default_rng(size).bytes(size)
 
 
+def _media() -> list[bytes]:
+    """RTP and transport streams, whole, and cut where their headers are."""
+    adaptation = b"\x47\x01\x00\x30\x07\x10" + bytes(182)
+    cells = (b"\x47\x01\x00\x10" + bytes(184)) * 6 + adaptation
+    rtp = bytes.fromhex("8021000100000001000000ff")
+    headers = (rtp, b"\x83" + rtp[1:] + bytes(12), b"\x90" + rtp[1:] + bytes.fromhex("bede0001") + bytes(4))
+    cuts = [cells, adaptation, *(cells + adaptation[:more] for more in (1, 3, 4, 5, 6, 12))]
+    return [*cuts, *(header + cells for header in headers), *(header[:-1] for header in headers), rtp + adaptation]
+
+
 def sound_frames() -> list[bytes]:
     """Every kind of frame that a network sends."""
     tag, outer = Dot1Q(vlan=5), Dot1AD(vlan=7)
     packets = [ETHERNET / datagram(_payload(size), 0) for size in (0, 1, 17, 18, 100, 100, 100, 1316, 1472, 3900)]
+    packets += [ETHERNET / datagram(payload, index) for payload in _media() for index in (0, 1)]
     packets += [ETHERNET / datagram(_payload(64), index) for index in (0, 1, 1, 2, 3)]
     packets += [ETHERNET / datagram(_payload(188), 1, ttl=ttl) for ttl in (0, 1, 2, 64, 255)]
     packets += [ETHERNET / datagram(_payload(40), 2, source=source) for source in SOURCES]

@@ -1,0 +1,39 @@
+"""Which rules a stream belongs to. The supervisor's: workers know streams by addresses, rules by numbers."""
+
+from collections import defaultdict
+
+import msgspec
+
+from relay.health import StreamHealth, streams
+from relay.rules import Rule
+from relay.supervisor.fleet import Fleet
+
+Input = tuple[str, str]  # "group:port", interface
+
+
+def inputs_of(fleet: Fleet) -> dict[Input, list[Rule]]:
+    """The rules that take in what comes to an input."""
+    found: dict[Input, list[Rule]] = defaultdict(list)
+    for planned in fleet.plan.rules:
+        for interface in planned.interfaces:
+            found[f"{planned.rule.input_group}:{planned.rule.input_port}", interface].append(planned.rule)
+    return found
+
+
+def streams_by_rule(fleet: Fleet) -> dict[str, list[StreamHealth]]:
+    """The streams of all workers, by the ids of the rules that they belong to: none, one, or several."""
+    seen = [stream for worker in fleet.workers for stream in streams(worker.stats)]
+    found: dict[str, list[StreamHealth]] = defaultdict(list)
+    if not seen:
+        return found
+    rules, interfaces = inputs_of(fleet), fleet.interface_names()
+    for stream in seen:
+        interface = interfaces.get(stream.ring)
+        if interface is None:
+            continue
+        named = msgspec.structs.replace(stream, interface=interface)
+        sender = stream.source.rpartition(":")[0]
+        for rule in rules.get((stream.destination, interface), ()):
+            if rule.source in (None, sender):
+                found[rule.rule_id].append(named)
+    return found
