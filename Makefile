@@ -23,7 +23,7 @@ run: setup ## start the relay: sudo make run IFACE=lo [ARGS="--config relay.toml
 
 test: setup ## every test: unit, property, processes, and real traffic in network namespaces (as root)
 	@$(PYTHON) tools/bootstrap.py --programs
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tools.suite)
 
 lint: setup ## ruff and strict types
 	@$(BIN)/ruff check .

@@ -168,7 +168,7 @@ ToControlPlane = Stats | Workers | Levels | Done | Refused | Restore | Configure
 
 
 class Spawn(msgspec.Struct, tag=True):
-    """Fork a worker pinned to `core`. Descriptor: the worker's end of its channel."""
+    """Fork a worker pinned to `core`. Descriptors: the worker's end of its channel, its copy arena."""
 
     core: int
     instance: str | None

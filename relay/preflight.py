@@ -24,7 +24,7 @@ from relay.trust import check_cache, check_compiled, trusted_uids
 
 KERNEL_MIN = (6, 1)  # IORING_SETUP_DEFER_TASKRUN
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}  # linux/capability.h
-DESCRIPTORS_A_WORKER = 8  # its channel, a pidfd, what is passed to it; besides its rings
+DESCRIPTORS_A_WORKER = 9  # its channel, a pidfd, its copy arena, what is passed to it; besides its rings
 URINGS_A_WORKER = 2  # at a hand-over its predecessor still has one
 ALLOW_IT = "allow it in the profile of the container or service"
 # Newer kernels, 6.18 for one, count rings as locked memory of a user without CAP_IPC_LOCK, all processes together.

@@ -4,7 +4,7 @@
     python tools/recv_mcast.py --group 239.2.2.2 --port 6001 --interface lo --duration 12
 
 Tells lost, duplicated, reordered and altered datagrams by flow, and latency from the kernel's receive time.
-Exit status 1 when anything is wrong.
+Ctrl-C ends it at once, SIGTERM when nothing has come for a second. Exit status 1 when anything is wrong.
 """
 
 import sys
@@ -49,6 +49,8 @@ RECORD_BYTES_MAX = 512 << 20
 MCAST_JOIN_SOURCE_GROUP = 46
 PERCENTILES = (50, 90, 99, 99.9)
 FOREVER = 1 << 62
+DRAIN_IDLE_S = 1.0
+DRAIN_S_MAX = 5.0
 FLOWS_SHOWN = 20
 
 
@@ -60,6 +62,19 @@ class Ending:
     deadline_s: float
     idle_s: float | None
     interrupted: bool = False
+    drained_since_s: float | None = None
+
+    def drain(self) -> None:
+        """End when nothing more comes: what is on its way still counts."""
+        self.drained_since_s = time.monotonic()
+        self.idle_s = DRAIN_IDLE_S
+        self.deadline_s = min(self.deadline_s, self.drained_since_s + DRAIN_S_MAX)
+
+    def is_idle(self, last_s: float | None, present_s: float) -> bool:
+        """Whether it has been silent for long enough; `last_s` is when the last datagram came, None for never."""
+        if self.idle_s is None or (last_s is None and self.drained_since_s is None):
+            return False
+        return present_s - max(last_s or 0.0, self.drained_since_s or 0.0) >= self.idle_s
 
 
 def sockaddr_storage(address: str) -> bytes:
@@ -176,7 +191,7 @@ def run(receiver: Receiver, ending: Ending, quiet: bool) -> float:
         total = int(receiver.totals[0]["datagrams"])
         if total >= ending.count or present_s >= ending.deadline_s:
             break
-        if ending.idle_s is not None and total and present_s - last_s >= ending.idle_s:
+        if ending.is_idle(last_s if total else None, present_s):
             break
         if receive(receiver, POLL_MS, ROUNDS_MAX, ending.count):
             last_s = time.monotonic()
@@ -241,7 +256,7 @@ def main(
         ending.interrupted = True
 
     signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, lambda *_: ending.drain())
     if ready:
         click.echo("ready")
         sys.stdout.flush()

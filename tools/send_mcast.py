@@ -120,6 +120,7 @@ def progress(sender: Sender, elapsed_s: float, since_s: float, before: tuple[int
 @click.option("--payload", type=click.Choice(list(KINDS)), default="seq", show_default=True)
 @click.option("--burst", type=click.IntRange(1, UDP_SEGMENTS_MAX), help="Sent back to back. [default: by the rate]")
 @click.option("--gso/--no-gso", default=True, help="Let the kernel cut bursts into datagrams. [default: gso]")
+@click.option("--ready", is_flag=True, help="Print `ready` when about to send.")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def main(
@@ -136,6 +137,7 @@ def main(
     payload: str,
     burst: int | None,
     gso: bool,
+    ready: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -159,12 +161,14 @@ def main(
         per_tick,
         count or FOREVER,
     )
-    elapsed_s = run(sender, duration, per_tick, fits, kind, quiet)
+    elapsed_s = run(sender, duration, per_tick, fits, kind, ready, quiet)
     report(sender, elapsed_s, as_json)
     sys.exit(1 if sender.state[0]["errors"] else 0)
 
 
-def run(sender: Sender, duration_s: float | None, per_tick: int, gso: bool, kind: int, quiet: bool) -> float:
+def run(
+    sender: Sender, duration_s: float | None, per_tick: int, gso: bool, kind: int, ready: bool, quiet: bool
+) -> float:
     """Send everything; return the seconds it took. Ctrl-C ends it early."""
     number = secrets.randbits(32)
     arguments = (per_tick, gso, kind, HEADER_OFFSET[kind], number)
@@ -174,6 +178,9 @@ def run(sender: Sender, duration_s: float | None, per_tick: int, gso: bool, kind
     end_ns = int((start_s + duration_s) * 1e9) if duration_s else FOREVER
     before = (0, 0)
     try:
+        if ready:
+            click.echo("ready")
+            sys.stdout.flush()
         while send_until(sender, end_ns, PAUSE_NS, *arguments) > 0 and time.monotonic_ns() < end_ns:
             present_s = time.monotonic()
             if not quiet and present_s - shown_s >= 1:

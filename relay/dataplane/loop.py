@@ -136,7 +136,7 @@ def run_pass(m: Any, t: Any) -> int:
         ring = ring_at(m.rings, ring_index)
         if ring.taken:
             watch_fill(m, ring, ring_index)
-            release(ring)
+            release(m, ring, ring_index)
     stats_at(m.stats, 0).passes += 1
     return taken
 

@@ -12,6 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from relay.dataplane import layout, uring_params
+from relay.dataplane.copies import ARENA_OFFSET, COPIES_HEADER, COPY_SLOT_BYTES, COPY_SLOTS
 from relay.dataplane.layout import UDP_SEGMENTS_MAX
 from relay.dataplane.records import record_at
 
@@ -20,8 +21,6 @@ from relay.dataplane.records import record_at
 PASS_FRAMES_MAX = 4096
 BATCHES_MAX = 1024
 SQ_ENTRIES = uring_params.SQ_ENTRIES
-COPY_SLOTS = 8  # super-frames fetched by one recvmmsg: 8 x 68 KiB stay within a usual L2 cache until they are sent
-COPY_SLOT_BYTES = 69_632  # virtio header, Ethernet with two tags, 65 535 bytes of IP; a multiple of 4096
 TABLE_ENTRIES_MAX = 65_536
 FLOWS = 1024  # of the flow cache, a power of two; 32 KiB
 
@@ -71,9 +70,10 @@ ARRAYS: tuple[tuple[str, Any, int | None], ...] = (
     ("retries", RETRY, SQ_ENTRIES),
     ("open_batches", OPEN_BATCH, TABLE_ENTRIES_MAX),  # by entry
     ("flows", FLOW, FLOWS),
-    ("copy_mmsg", layout.MMSGHDR, layout.RINGS_MAX * COPY_SLOTS),
+    ("copy_mmsg", layout.MMSGHDR, None),  # shared with the successor: the copy arena
+    ("copy_places", I64, None),
+    ("copy_arena", U8, None),
     ("copy_iovecs", layout.IOVEC, layout.RINGS_MAX * COPY_SLOTS),
-    ("copy_arena", U8, layout.RINGS_MAX * COPY_SLOTS * COPY_SLOT_BYTES),
     ("pollfds", POLLFD, 1 + layout.RINGS_MAX),
     ("egress_fds", I32, layout.OUTPUTS_MAX),  # by socket number
     ("gso_states", U8, layout.OUTPUTS_MAX),  # by socket number
@@ -162,12 +162,13 @@ def address_of(array: Any) -> int:
 class Memory:
     """The arrays of a worker by their names in ARRAYS, and `worker`, the WORKER record that compiled code takes."""
 
-    def __init__(self, sqes: Any, cqes: Any, stats: Any, logs: tuple[Any, Any, Any, Any]) -> None:
+    def __init__(self, sqes: Any, cqes: Any, stats: Any, copies: Any, logs: tuple[Any, Any, Any, Any]) -> None:
         """Allocate and link what does not depend on rings or rules.
 
-        `stats` is the mapped u1 array of the stats segment; `logs` the mapped DataPlane, Ingress, Egress and
-        BufferPool segments.
+        `stats` is the mapped u1 array of the stats segment, `copies` of the copy arena; `logs` the mapped DataPlane,
+        Ingress, Egress and BufferPool segments.
         """
+        fetched = copies[: COPIES_HEADER.itemsize].view(COPIES_HEADER)[0]
         rules_end = layout.STATS_RULES_OFFSET + layout.RULES_MAX * layout.RULE_STATS.itemsize
         self.arrays: dict[str, Any] = {name: np.zeros(count, dtype) for name, dtype, count in ARRAYS if count}
         self.arrays |= {
@@ -176,6 +177,9 @@ class Memory:
             "stats": stats[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER),
             "rule_stats": stats[layout.STATS_RULES_OFFSET : rules_end].view(layout.RULE_STATS),
             "output_stats": stats[layout.STATS_OUTPUTS_OFFSET : layout.STATS_BYTES].view(layout.OUTPUT_STATS),
+            "copy_mmsg": fetched["mmsg"].reshape(-1),
+            "copy_places": fetched["places"].reshape(-1).view(I64),
+            "copy_arena": copies[ARENA_OFFSET:],
         }
         self.arrays |= dict(zip(("log_dataplane", "log_ingress", "log_egress", "log_bufferpool"), logs, strict=True))
         self._record = np.zeros(1, WORKER)
@@ -185,7 +189,9 @@ class Memory:
         self.worker["window"] = 1
         self.arrays["egress_fds"]["value"] = -1
         self._link_sends()
-        self._link_copies()
+        index = np.arange(layout.RINGS_MAX * COPY_SLOTS, dtype=np.int64)
+        self.arrays["copy_iovecs"]["iov_base"] = address_of(self.arrays["copy_arena"]) + index * COPY_SLOT_BYTES
+        self.arrays["copy_iovecs"]["iov_len"] = COPY_SLOT_BYTES
 
     def __getitem__(self, name: str) -> Any:
         """An array by its name in ARRAYS."""
@@ -203,10 +209,9 @@ class Memory:
         sqes["msg_flags"] = layout.MSG_DONTWAIT | layout.MSG_NOSIGNAL
         sqes["user_data"] = index
 
-    def _link_copies(self) -> None:
-        index = np.arange(layout.RINGS_MAX * COPY_SLOTS, dtype=np.int64)
-        iovecs, header = self.arrays["copy_iovecs"], self.arrays["copy_mmsg"]["msg_hdr"]
-        iovecs["iov_base"] = address_of(self.arrays["copy_arena"]) + index * COPY_SLOT_BYTES
-        iovecs["iov_len"] = COPY_SLOT_BYTES
-        header["msg_iov"] = address_of(iovecs) + index * layout.IOVEC.itemsize
+    def link_copies(self, ring_index: int) -> None:
+        """Have frames of this ring fetched here. Its former reader, which shares the arena, must have ended."""
+        index = np.arange(ring_index * COPY_SLOTS, (ring_index + 1) * COPY_SLOTS, dtype=np.int64)
+        header = self.arrays["copy_mmsg"]["msg_hdr"][index[0] : index[-1] + 1]
+        header["msg_iov"] = address_of(self.arrays["copy_iovecs"]) + index * layout.IOVEC.itemsize
         header["msg_iovlen"] = 1

@@ -2,7 +2,8 @@
 
 The kernel owns a slot while its status is TP_STATUS_KERNEL, this worker while it has TP_STATUS_USER.
 Frames too large for a slot wait whole in the socket's receive queue, in slot order; they are fetched
-into the copy arena and compared with what the slot holds, so that none is taken for another.
+into the copy arena and compared with what the slot holds, so that none is taken for another. What a worker had
+fetched and not sent when it died is in the arena still, for its successor.
 Source: Documentation/networking/packet_mmap.rst, net/packet/af_packet.c (tpacket_rcv).
 """
 
@@ -20,6 +21,7 @@ from logging_shm.atomics import (
 )
 from logging_shm.jit import compiled
 from logging_shm.layout import CACHE_LINE_BYTES
+from relay.dataplane.copies import COPY_SLOT_BYTES, COPY_SLOTS
 from relay.dataplane.layout import (
     MMSGHDR,
     MSG_DONTWAIT,
@@ -34,7 +36,7 @@ from relay.dataplane.layout import (
     DropCause,
     offset_of,
 )
-from relay.dataplane.memory import COPY_SLOT_BYTES, COPY_SLOTS, iovec_at, mmsg_at, ring_at
+from relay.dataplane.memory import i64_at, iovec_at, mmsg_at, ring_at
 from relay.dataplane.parse import parse
 from relay.dataplane.syscalls import recvmmsg
 
@@ -69,9 +71,48 @@ def prefetch_frame(slot: int) -> None:
 def fetch_copies(m: Any, ring_index: int) -> None:
     """Refill this ring's copy arena with frames from the socket's receive queue. None of it is in use."""
     ring = ring_at(m.rings, ring_index)
-    first = m.copy_mmsg + ring_index * COPY_SLOTS * MMSG_BYTES
+    first = ring_index * COPY_SLOTS
+    for index in range(first, first + COPY_SLOTS):
+        mmsg_at(m.copy_mmsg, index).msg_len = 0
+        i64_at(m.copy_places, index).value = 0
     ring.copy_next = 0
-    ring.copy_count = max(recvmmsg(ring.fd, first, COPY_SLOTS, MSG_DONTWAIT, 0), 0)
+    ring.copy_count = max(recvmmsg(ring.fd, m.copy_mmsg + first * MMSG_BYTES, COPY_SLOTS, MSG_DONTWAIT, 0), 0)
+
+
+@compiled
+def resume_copies(m: Any, ring_index: int) -> None:
+    """Go on in the arena where the former reader of this ring left off: with what it had not sent.
+
+    `ring.cursor` is where its frames go on. Of copies that it had parsed, those for slots from there on are parsed
+    again. What the arena says is not believed: the first copy must be that of its slot.
+    """
+    ring = ring_at(m.rings, ring_index)
+    first = ring_index * COPY_SLOTS
+    ring.copy_count = 0
+    for index in range(first, first + COPY_SLOTS):
+        if not VNET_BYTES < int64(mmsg_at(m.copy_mmsg, index).msg_len) <= COPY_SLOT_BYTES:
+            break
+        ring.copy_count += 1
+    ring.copy_next = 0
+    for index in range(first, first + ring.copy_count):
+        place = i64_at(m.copy_places, index).value
+        # A pass takes half of the slots at most: what is further ahead than that was parsed before.
+        if place == 0 or (place - 1 - ring.cursor) % ring.frames < ring.frames // 2:
+            break
+        ring.copy_next += 1
+    if ring.copy_next == ring.copy_count:
+        return
+    index = first + ring.copy_next
+    copy = iovec_at(m.copy_iovecs, index).iov_base + VNET_BYTES
+    copy_bytes = int64(mmsg_at(m.copy_mmsg, index).msg_len) - VNET_BYTES
+    for ahead in range(ring.frames):
+        slot = ring.base + (ring.cursor + ahead) % ring.frames * ring.frame_bytes
+        if not is_filled(slot):
+            return
+        if int64(load_u32(slot)) & TP_STATUS_COPY:
+            if not copy_is_of_slot(copy, copy_bytes, slot):
+                ring.copy_next = ring.copy_count
+            return
 
 
 @compiled
@@ -116,6 +157,7 @@ def read_frame(m: Any, ring: Any, ring_index: int, slot: int) -> int:
         frame_bytes = int64(mmsg_at(m.copy_mmsg, index).msg_len) - VNET_BYTES
         if not copy_is_of_slot(frame, frame_bytes, slot):
             return TRUNCATED
+        i64_at(m.copy_places, index).value = (slot - ring.base) // ring.frame_bytes + 1
         ring.copy_next += 1
     if frame_bytes < int64(load_u32(slot + TP_LEN)):
         return TRUNCATED
@@ -132,8 +174,11 @@ def read_frame(m: Any, ring: Any, ring_index: int, slot: int) -> int:
 
 
 @compiled
-def release(ring: Any) -> None:
+def release(m: Any, ring: Any, ring_index: int) -> None:
     """Give the frames of this pass back to the kernel, in order, once nothing reads them any more."""
+    if ring.copy_count and ring.copy_next >= ring.copy_count:
+        mmsg_at(m.copy_mmsg, ring_index * COPY_SLOTS).msg_len = 0
+        ring.copy_next = ring.copy_count = 0
     position = ring.cursor
     for _ in range(ring.taken):
         store_release_u32(ring.base + position * ring.frame_bytes, 0)

@@ -15,14 +15,15 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from relay.confinement.roles import confine_template
 from relay.credentials import peer_of
 from relay.dataplane import CACHE_DIRECTORY, layout, loop, memory
-from relay.dataplane.ring import find_cursor
+from relay.dataplane.copies import COPIES_BYTES
+from relay.dataplane.ring import find_cursor, resume_copies
 from relay.dataplane.syscalls import load_liburing
 from relay.dataplane.table import compile_table, view_table
 from relay.dataplane.worker import main as run_worker
@@ -44,6 +45,7 @@ def load_compiled_code() -> None:
         np.zeros(memory.SQ_ENTRIES, layout.IO_URING_SQE),
         np.zeros(2 * memory.SQ_ENTRIES, layout.IO_URING_CQE),
         np.zeros(layout.STATS_BYTES, np.uint8),
+        np.zeros(COPIES_BYTES, np.uint8),
         (log, log, log, log),
     )
     worker_memory.worker["draining"] = 1
@@ -53,6 +55,7 @@ def load_compiled_code() -> None:
     assert reason == loop.DRAINED
     frame = np.zeros(layout.TPACKET2_HDR.itemsize, np.uint8)
     find_cursor(memory.address_of(frame), 1, len(frame), 0)
+    resume_copies(worker_memory.worker, 0)
 
 
 class Template:
@@ -94,7 +97,7 @@ class Template:
             return bool(self._kept)  # with nothing for an heir, there is no reason to stay
         match message:
             case Spawn():
-                self._spawn(self._channel, message, descriptors[0])
+                self._spawn(self._channel, message, descriptors)
             case Keep():
                 self._forget(message.names)
                 self._kept |= zip(message.names, descriptors, strict=True)
@@ -129,21 +132,22 @@ class Template:
             return
         self._channel = channel
 
-    def _spawn(self, channel: Channel[ToTemplate], spawn: Spawn, descriptor: int) -> None:
+    def _spawn(self, channel: Channel[ToTemplate], spawn: Spawn, descriptors: Sequence[int]) -> None:
         pid = os.fork()
         if pid == 0:
-            self._become_worker(spawn, descriptor)
-        os.close(descriptor)
+            self._become_worker(spawn, *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
         self._cores[pid] = spawn.core
         channel.send(Spawned(spawn.core, pid))
 
-    def _become_worker(self, spawn: Spawn, descriptor: int) -> None:
+    def _become_worker(self, spawn: Spawn, end: int, copies: int) -> None:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._close_all()
-            run_worker(spawn.core, spawn.instance, spawn.idle, socket.socket(fileno=descriptor))
+            run_worker(spawn.core, spawn.instance, spawn.idle, socket.socket(fileno=end), copies)
             status = 0
         except BaseException:
             traceback.print_exc()

@@ -19,9 +19,10 @@ import numpy as np
 from logging_shm import DataPlaneLogging, Facility
 from relay.confinement.roles import confine_worker
 from relay.dataplane import layout, loop, memory
+from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
-from relay.dataplane.ring import find_cursor
+from relay.dataplane.ring import find_cursor, resume_copies
 from relay.dataplane.table import compile_table, map_table, view_table
 from relay.dataplane.uring import Uring
 from relay.descriptors import Channel, ChannelClosedError
@@ -50,7 +51,7 @@ REJECT_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K
 class Worker:
     """State of the worker process outside compiled code."""
 
-    def __init__(self, core: int, instance: str | None, idle: str, channel: Channel[Any]) -> None:
+    def __init__(self, core: int, instance: str | None, idle: str, channel: Channel[Any], copies: Any) -> None:
         self.core = core
         self.channel = channel
         self.logging = DataPlaneLogging.attach(core, instance=instance)
@@ -61,7 +62,7 @@ class Worker:
             self.logging.segment(facility)
             for facility in (Facility.DataPlane, Facility.Ingress, Facility.Egress, Facility.BufferPool)
         )
-        self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, self.stats.bytes, segments)
+        self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, self.stats.bytes, copies, segments)
         self.table = view_table(compile_table((), (), 0))
         self.outlives = False
         self.rings: dict[int, tuple[socket.socket, mmap.mmap]] = {}
@@ -87,8 +88,6 @@ class Worker:
             doorbell = int(self.stats.header["doorbell"])
             released = int(self.stats.header["release"])
             if released == layout.RELEASE_NOW:
-                if self.holds_copies():
-                    continue
                 self.log.info("Released: another worker goes on")
                 return
             if released == layout.RELEASE_DRAINED:
@@ -102,11 +101,6 @@ class Worker:
                     return
                 self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
                 self.memory.worker["control_fd"] = NO_DESCRIPTOR
-
-    def holds_copies(self) -> bool:
-        """Whether frames were fetched that only this process has: one more pass sends them."""
-        rings = self.memory["rings"]
-        return any(ring["active"] and ring["copy_next"] < ring["copy_count"] for ring in rings)
 
     def obey(self) -> None:
         """Carry out the supervisor's messages that wait."""
@@ -165,8 +159,9 @@ class Worker:
             message.frame_bytes,
             int(self.stats.header["ring_sent"][message.index]) % message.frame_count,
         )
-        for name in ("taken", "copy_next", "copy_count", "fill_level"):
-            ring[name] = 0
+        ring["taken"] = ring["fill_level"] = 0
+        self.memory.link_copies(message.index)
+        resume_copies(self.memory.worker, message.index)
         ring["active"] = 1
         self.rings[message.index] = (socket.socket(fileno=descriptor), mapped)
 
@@ -177,6 +172,7 @@ class Worker:
             return
         self.memory["rings"][index]["active"] = 0
         self.stats.header["ring_sent"][index] = 0
+        self.memory["copy_mmsg"]["msg_len"][index * COPY_SLOTS] = 0
         held[0].close()
 
     def close_ingress(self) -> None:
@@ -188,12 +184,13 @@ class Worker:
         self.memory.worker["draining"] = 1
 
 
-def main(core: int, instance: str | None, idle: str, end: socket.socket) -> None:
-    """Run a worker in this process until it is told to end."""
+def main(core: int, instance: str | None, idle: str, end: socket.socket, copies: int) -> None:
+    """Run a worker in this process until it is told to end. `copies` is the descriptor of its copy arena."""
     os.sched_setaffinity(0, {core})
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end.setblocking(False)
-    worker = Worker(core, instance, idle, Channel(end, ToWorker))
+    worker = Worker(core, instance, idle, Channel(end, ToWorker), map_copies(copies))
+    os.close(copies)
     if not confine_worker():
         worker.log.warning("No seccomp filter: this kernel or machine has none for it")
     try:

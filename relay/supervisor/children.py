@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from relay.descriptors import Channel, channel_pair
+from relay.errors import RelayError
 from relay.messages import FromTemplate
 
 
@@ -19,13 +20,19 @@ class MisbehaviourError(Exception):
 
 
 def _start(module: str, arguments: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Run a module in a process group of its own: a terminal's Ctrl-C is the supervisor's affair."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        pass_fds=descriptors,
-        stdin=subprocess.DEVNULL,
-        process_group=0,
-    )
+    """Run a module in a process group of its own: a terminal's Ctrl-C is the supervisor's affair.
+
+    Raises RelayError.
+    """
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
+    except OSError as error:
+        raise RelayError(f"{module} can't be started with {sys.executable}: {error.strerror}") from error
 
 
 def start_template(

@@ -18,6 +18,7 @@ import msgspec
 from logging_shm import LevelPolicy, SharedMemoryLogManager
 from relay import bpf
 from relay.dataplane import events, layout
+from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_table, publish
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
@@ -46,6 +47,7 @@ from relay.supervisor.orphans import (
     Orphans,
     Predecessor,
     boot_id,
+    copies_name,
     kept_memberships,
     kept_template,
     kept_worker,
@@ -96,6 +98,7 @@ class Worker:
     core: int
     stats: StatsSegment
     logs: SharedMemoryLogManager
+    copies: Copies
     rings: dict[int, socket.socket] = field(default_factory=dict)  # by ring number
     channel: Channel[FromWorker] | None = None
     pid: int = 0
@@ -110,6 +113,11 @@ class Worker:
     predecessor: Predecessor | None = None  # a former supervisor's worker on this core, which still reads the rings
     waiting: deque[tuple[msgspec.Struct, list[int]]] = field(default_factory=deque)  # with descriptors of their own
     is_out_of_step: bool = False  # a message is lost to it: it must be replaced, the next gets everything
+
+    def forget_place(self, ring_number: int) -> None:
+        """The ring is no more: what is read under its number next is another."""
+        self.stats.header["ring_sent"][ring_number] = 0
+        self.copies.forget(ring_number)
 
     def sign_of_life(self) -> tuple[int, int]:
         """What changes as long as the worker's loop goes round: by the clock, and by what it sends."""
@@ -240,7 +248,13 @@ class Fleet:
                 except BaseException:
                     logs.shutdown()
                     raise
-                self.workers.append(Worker(core, stats, logs))
+                try:
+                    copies = (orphans and orphans.take_copies(core)) or Copies.create()
+                except BaseException:
+                    stats.close()
+                    logs.shutdown()
+                    raise
+                self.workers.append(Worker(core, stats, logs, copies))
                 if orphans is not None:
                     self.workers[-1].predecessor = orphans.predecessors.get(core)
         except BaseException:
@@ -414,7 +428,7 @@ class Fleet:
                     worker.send(RemoveRing(ring.number))
                 if not worker.is_excluded:
                     worker.rings.pop(ring.number).close()
-                worker.stats.header["ring_sent"][ring.number] = 0
+                worker.forget_place(ring.number)
             self._retired.rings.append(ring.number)
         for name, ifindex in plan.rings.items():
             if name not in self._rings:
@@ -494,7 +508,7 @@ class Fleet:
                 lost += count_filled(sock, self._ring_bytes)
             lost += take_ring_drops(sock)  # since the last count; the kernel's number goes with the socket
             sock.close()  # which takes it out of the fanout group
-            worker.stats.header["ring_sent"][number] = 0
+            worker.forget_place(number)
         worker.rings.clear()
         worker.stats.add_ring_full(lost)
         self.revision += 1
@@ -536,6 +550,7 @@ class Fleet:
             ring_name(number, worker.core): sock for worker in self.workers for number, sock in worker.rings.items()
         }
         kept |= {stats_name(worker.core): worker.stats for worker in self.workers}
+        kept |= {copies_name(worker.core): worker.copies for worker in self.workers}
         for memberships in (self._memberships.joined, self._memberships.held):
             kept |= {membership_name(sock): sock for sock in memberships.values()}
         return kept
@@ -647,6 +662,7 @@ class Fleet:
             for sock in worker.rings.values():
                 sock.close()
             worker.stats.close()
+            worker.copies.close()
             worker.logs.shutdown()
         for _, sock in self._egress.values():
             sock.close()

@@ -1,7 +1,8 @@
 """The nursery: the template process and the workers forked from it - starting, watching, replacing, ending them.
 
 Owned by the supervisor's thread. A worker that ends unexpectedly is logged and replaced; its rings go on filling. One
-that hangs is killed, and so replaced. One that keeps dying is started ever more seldom, and others get its traffic.
+that hangs is killed, and so replaced. One that keeps dying is started ever more seldom; who gets its traffic then is
+decided elsewhere (relief.py). A template that does not answer is replaced, as nobody else can start workers.
 Template and workers are less privileged, and so not believed: who sends what it must not is killed and replaced, and a
 pid that the template names is looked at (kin.py) before it is signalled.
 """
@@ -18,7 +19,6 @@ import msgspec
 
 from logging_shm import Logger
 from relay.descriptors import Channel, ChannelClosedError, channel_pair
-from relay.errors import RelayError
 from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, Started, TableInUse, TemplateReady
 from relay.supervisor import kin
 from relay.supervisor.children import MisbehaviourError, describe_status, start_template
@@ -26,12 +26,15 @@ from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.health import HANG_S, PROBATION_S, PULSE_INTERVAL_S, START_HANG_S
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.logs import last_words
+from relay.supervisor.relief import Relief
 from relay.supervisor.timers import Timers
 from relay.supervisor.vitals import read_vitals
 
 RESTART_DELAY_S = 0.5  # for a template that ended before it was ready
 MESSAGES_A_TURN = 64  # from one process, before everything else has its turn
+TEMPLATE_HANG_S = 2.0  # it forks in milliseconds, and tells of an exit at once
 END_S_MAX = 0.5  # for a process that has closed its channel
+UNTOLD = "how is not known, its template has ended"
 
 
 class Nursery:
@@ -50,6 +53,7 @@ class Nursery:
         on_started: Callable[[Worker], None],
     ) -> None:
         self._fleet = fleet
+        self._relief = Relief(fleet, log)
         self._log = log
         self._selector = selector
         self._timers = timers
@@ -67,7 +71,6 @@ class Nursery:
         self._pidfds: dict[int, int] = {}  # by core: of workers that are what their template said
         self._templates: dict[int, int] = {}  # by core: the template's pid that was asked for the worker
         self._condemned: set[int] = set()  # cores whose worker is killed as soon as its pid is known
-        self._unrelieved: set[int] = set()  # cores whose worker keeps dying, and nobody else can get its traffic
         self._silent: set[int] = set()  # cores whose worker has closed its channel, and whose exit was not told yet
 
     def start(self) -> None:
@@ -92,8 +95,8 @@ class Nursery:
         self._on_template()
         self._close_channel()
         self._template = None
-        for core in sorted(self._silent):  # nobody will tell any more
-            self._on_exit(Exited(core, self._worker_of(core).pid, 0))
+        for core in sorted(self._silent):  # nobody will tell of these any more
+            self._on_exit(self._worker_of(core), UNTOLD)
         self._log.error(f"Template process exited unexpectedly: {describe_status(status)}")
         if self._template_was_ever_ready:
             self._timers.after(0 if self._template_ready else RESTART_DELAY_S, self.start)
@@ -191,7 +194,7 @@ class Nursery:
                 worker = self._worker_of(message.core)
                 if worker.pid != message.pid or (worker.core in self._pidfds and not self._has_ended(worker)):
                     raise MisbehaviourError(f"an exit that did not happen: {message}")
-                self._on_exit(message)
+                self._on_exit(worker, describe_status(os.waitstatus_to_exitcode(message.status)))
 
     def _on_spawned(self, worker: Worker, pid: int) -> None:
         """Raises MisbehaviourError unless the template was asked for this worker, and the pid is a child of it."""
@@ -246,7 +249,9 @@ class Nursery:
         channel, far = channel_pair(FromWorker)
         with far:
             try:
-                self._channel.send(Spawn(worker.core, self._instance, self._idle), [far.fileno()])
+                self._channel.send(
+                    Spawn(worker.core, self._instance, self._idle), [far.fileno(), worker.copies.fileno()]
+                )
             except ChannelClosedError:
                 channel.close()
                 return
@@ -296,14 +301,26 @@ class Nursery:
         worker.running = False
         if self._is_orphan(worker.core):
             self._kill(worker)
-            self._on_exit(Exited(worker.core, worker.pid, 0))
+            self._on_exit(worker, UNTOLD)
         else:
             self._silent.add(worker.core)
             self._timers.after(END_S_MAX, lambda: self._kill(worker) if worker.channel is channel else None)
+            self._timers.after(END_S_MAX + TEMPLATE_HANG_S, lambda: self._insist(worker, channel))
 
-    def _on_exit(self, exited: Exited) -> None:
+    def _insist(self, worker: Worker, channel: Channel[FromWorker]) -> None:
+        """The exit of a worker that was let go should have been told by now."""
+        if worker.channel is channel and self._has_ended(worker):
+            self._replace_template()
+
+    def _replace_template(self) -> None:
+        """Nobody else can start workers: one that does not answer is ended, and `watch` starts the next."""
+        if self._template is not None and self._template.poll() is None:
+            self._log.error(f"The template does not answer, killed: pid {self._template.pid}")
+            self._template.kill()
+
+    def _on_exit(self, worker: Worker, how: str) -> None:
         """Report a worker that ended although nobody told it to, and start the next."""
-        worker = self._worker_of(exited.core)
+        pid = worker.pid
         if worker.channel is not None:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(worker.channel)
@@ -314,37 +331,28 @@ class Nursery:
         if pidfd is not None:
             os.close(pidfd)
         self._fleet.worker_gone(worker)
-        how = describe_status(os.waitstatus_to_exitcode(exited.status))
         words = last_words(worker.logs.rings.values())
         last = f"it last logged: {words}" if words else "it had logged nothing"
         self._log.critical(
-            f"Worker process exited unexpectedly: core {exited.core}, pid {exited.pid}, {how}; {last}", core=exited.core
+            f"Worker process exited unexpectedly: core {worker.core}, pid {pid}, {how}; {last}", core=worker.core
         )
         # While a former supervisor's worker relays, nothing is lost by waiting for one that lives.
         if worker.lives.is_hopeless and not worker.is_excluded and worker.predecessor is None:
-            self._exclude(worker)
+            self._relief.exclude(worker)
         self._timers.after(delay_s, lambda: self._respawn(worker))
-
-    def _exclude(self, worker: Worker) -> None:
-        """Say that a worker keeps dying, and give its share of the traffic to others."""
-        lost = self._fleet.exclude(worker)
-        whose = f"The worker of core {worker.core} has died {worker.lives.young_deaths} times at once"
-        if lost is None:
-            self._unrelieved.add(worker.core)
-            self._log.alert(f"{whose}: there is no other, its traffic is lost when its ring is full", core=worker.core)
-        else:
-            self._unrelieved.discard(worker.core)
-            self._log.alert(f"{whose}: others get its traffic, {lost} frames in its rings are lost", core=worker.core)
 
     def _take_pulses(self) -> None:
         """Kill workers that hang, and say of those that kept dying that they have recovered."""
         self._timers.after(PULSE_INTERVAL_S, self._take_pulses)
         now_s = time.monotonic()
         for worker in self._fleet.workers:
+            is_awaited = worker.channel is not None and not worker.pid
+            if is_awaited and self._template_ready and now_s - worker.started_s > TEMPLATE_HANG_S:
+                self._replace_template()
             if not worker.pid or worker.hangs:
                 continue
             if worker.running and now_s - worker.started_s >= PROBATION_S:
-                self._absolve(worker)
+                self._relief.absolve(worker)
             if worker.channel is not None:
                 worker.flush()
             if worker.is_out_of_step:
@@ -356,26 +364,6 @@ class Nursery:
                 worker.hangs = True
                 self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)
                 self._kill(worker)
-
-    def _absolve(self, worker: Worker) -> None:
-        """A worker stays alive: it gets its traffic again, or has had it long enough to have recovered."""
-        if worker.is_excluded:
-            self._readmit(worker)
-            return
-        if worker.lives.is_hopeless:
-            worker.lives.recovered()
-        if worker.core in self._unrelieved:
-            self._unrelieved.discard(worker.core)
-            self._log.notice(f"The worker of core {worker.core} has recovered: it stays alive", core=worker.core)
-
-    def _readmit(self, worker: Worker) -> None:
-        worker.started_s = time.monotonic()
-        try:
-            self._fleet.readmit(worker)
-        except RelayError as error:
-            self._log.error(str(error), core=worker.core)
-            return
-        self._log.notice(f"The worker of core {worker.core} has recovered and gets its traffic again", core=worker.core)
 
     def _respawn(self, worker: Worker) -> None:
         self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)

@@ -22,6 +22,7 @@ import posix_ipc
 
 from logging_shm.segment import process_start_ticks
 from relay.dataplane import layout
+from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
 from relay.descriptors import Channel, ChannelClosedError
 from relay.errors import PreflightError, RelayError
@@ -30,7 +31,7 @@ from relay.supervisor import kin
 from relay.supervisor.membership import Listen
 from relay.supervisor.state import StateFile
 
-VERSION = 1
+VERSION = 2
 HANDOVER_S_MAX = 5.0  # a template answers in milliseconds
 LISTENER = "listener"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -115,6 +116,11 @@ def stats_name(core: int) -> str:
     return f"stats-core-{core}"
 
 
+def copies_name(core: int) -> str:
+    """What a worker's copy arena is kept as."""
+    return f"copies-core-{core}"
+
+
 def membership_name(sock: socket.socket) -> str:
     """What a socket that joins or holds inputs is kept as."""
     return f"membership-{sock.fileno()}"
@@ -170,19 +176,24 @@ class Predecessor:
 
 @dataclass
 class Kept:
-    """What the template held: sockets by name, counters by core."""
+    """What the template held: sockets by name, counters and copy arenas by core."""
 
     cores: Collection[int] = ()
     sockets: dict[str, socket.socket] = field(default_factory=dict)
     stats: dict[int, StatsSegment] = field(default_factory=dict)
+    copies: dict[int, Copies] = field(default_factory=dict)
 
     def add(self, name: str, descriptor: int) -> None:
-        """Take a descriptor in, or close it when it is neither. Raises OSError."""
-        status, core = os.fstat(descriptor), {stats_name(core): core for core in self.cores}.get(name)
-        if core is None and stat.S_ISSOCK(status.st_mode):
+        """Take a descriptor in, or close it when it is none of them. Raises OSError."""
+        status = os.fstat(descriptor)
+        of_stats = {stats_name(core): core for core in self.cores}.get(name)
+        of_copies = {copies_name(core): core for core in self.cores}.get(name)
+        if of_stats is not None and stat.S_ISREG(status.st_mode) and status.st_size == layout.STATS_BYTES:
+            self.stats[of_stats] = StatsSegment(name, descriptor, owner=False)
+        elif of_copies is not None and Copies.is_one(descriptor):
+            self.copies[of_copies] = Copies(descriptor)
+        elif of_stats is of_copies is None and stat.S_ISSOCK(status.st_mode):
             self.sockets[name] = socket.socket(fileno=descriptor)
-        elif core is not None and stat.S_ISREG(status.st_mode) and status.st_size == layout.STATS_BYTES:
-            self.stats[core] = StatsSegment(name, descriptor, owner=False)
         else:
             os.close(descriptor)
 
@@ -192,8 +203,11 @@ class Kept:
             sock.close()
         for stats in self.stats.values():
             stats.close()
+        for copies in self.copies.values():
+            copies.close()
         self.sockets.clear()
         self.stats.clear()
+        self.copies.clear()
 
 
 @dataclass
@@ -216,7 +230,8 @@ class Orphans:
         if (kept.cores, kept.ring_bytes, kept.fanout) != (tuple(cores), ring_bytes, fanout):
             return False
         names = {ring_name(ring.number, core) for ring in kept.rings for core in kept.cores}
-        return names <= self.kept.sockets.keys() and set(kept.cores) <= self.kept.stats.keys()
+        by_core = self.kept.stats.keys() & self.kept.copies.keys()
+        return names <= self.kept.sockets.keys() and set(kept.cores) <= by_core
 
     def pids(self) -> set[int]:
         """The processes that run and use segments."""
@@ -244,6 +259,10 @@ class Orphans:
         if not all(sock is not None and _is_ring_on(sock, ring) for sock in sockets):
             return None
         return [self.kept.sockets.pop(name) for name in names]
+
+    def take_copies(self, core: int) -> Copies | None:
+        """What the core's worker fetched and may not have sent."""
+        return self.kept.copies.pop(core, None)
 
     def take_memberships(self, kept: Sequence[KeptMembership]) -> dict[Listen, socket.socket]:
         """The sockets that have joined or hold inputs."""

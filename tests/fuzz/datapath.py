@@ -23,7 +23,7 @@ import numpy as np
 
 from logging_shm.atomics import store_release_u32, store_u8, store_u16, store_u32
 from logging_shm.jit import compiled
-from relay.dataplane import layout, memory
+from relay.dataplane import copies, layout, memory
 from relay.dataplane.coalesce import drain
 from relay.dataplane.layout import DropCause
 from relay.dataplane.loop import run_pass
@@ -124,7 +124,9 @@ class DataPath:
         self.uring = Uring(memory.SQ_ENTRIES)
         log = np.zeros(LOG_BYTES, np.uint8)
         stats = np.zeros(layout.STATS_BYTES, np.uint8)
-        self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, stats, (log, log, log, log))
+        self.memory = memory.Memory(
+            self.uring.sqes, self.uring.cqes, stats, np.zeros(copies.COPIES_BYTES, np.uint8), (log, log, log, log)
+        )
         self.uring.attach(self.memory.worker)
         self.memory.worker["now_ns"] = 1
         self.receivers = [self._receiver() for _ in range(5)]
@@ -133,7 +135,7 @@ class DataPath:
         self.memory["egress_fds"]["value"][0] = self.egress.fileno()
         self.table = view_table(compile_table(self._rules(), self._own(), 1))
         self.slots = Guarded(SLOTS, 1)
-        self.arena = Guarded(memory.COPY_SLOTS, 18)
+        self.arena = Guarded(copies.COPY_SLOTS, 18)
         self.default_bases = self.memory["copy_iovecs"]["iov_base"].copy()
         self.kernel, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.queue = queue
@@ -143,6 +145,7 @@ class DataPath:
         for name, value in values.items():
             self.ring[name] = value
         self.ring["active"] = 1
+        self.memory.link_copies(0)
         self.sound = frames.as_array(frames.sound_frames(), frames.FRAME_BYTES_MAX)
         self.big = frames.as_array(frames.big_frames(), frames.BIG_BYTES_MAX)
         self.made = np.zeros((FRAMES_OF_PASS, frames.FRAME_BYTES_MAX), np.uint8)
@@ -209,14 +212,14 @@ class DataPath:
         snaplens = np.minimum(metas["length"], BIG_SNAPLEN if is_copied else frames.FRAME_BYTES_MAX)
         macs = PAGE - snaplens
         self.memory["copy_iovecs"]["iov_base"] = self.default_bases
-        copies = [i for i in range(len(metas)) if came[i]]
-        for place, i in enumerate(copies):
+        fetched = [i for i in range(len(metas)) if came[i]]
+        for place, i in enumerate(fetched):
             meta = metas[i]
             header = struct.pack("<BBHHHH", 0, meta["gso_type"], 0, meta["gso_size"], 0, 0)
             copy = header + made[i, : meta["length"]].tobytes()
             self.kernel.send(copy)
-            if len(copies) <= memory.COPY_SLOTS:
-                held = min(len(copy), memory.COPY_SLOT_BYTES)
+            if len(fetched) <= copies.COPY_SLOTS:
+                held = min(len(copy), copies.COPY_SLOT_BYTES)
                 self.memory["copy_iovecs"]["iov_base"][place] = self.arena.end(place) - held
         fill(self.slots.base, self.slots.stride, int(self.ring["cursor"]), SLOTS, made, metas, snaplens, macs)
 
@@ -276,7 +279,7 @@ class DataPath:
     def check(self, number: int, made: Any, metas: Any, came: Any) -> None:
         """Relay frames and compare. Raises WrongError."""
         verdicts = np.zeros(len(metas), oracle.VERDICT)
-        judge_all(made, metas, came & (metas["length"] <= memory.COPY_SLOT_BYTES - TRAILER_BYTES), verdicts)
+        judge_all(made, metas, came & (metas["length"] <= copies.COPY_SLOT_BYTES - TRAILER_BYTES), verdicts)
         drops, sent = self.expect(made, verdicts)
         stats = self.memory["stats"][0]
         before = {name: int(stats[name]) for name in ("packets_in", "packets_matched", "bytes_in", "packets_relayed")}

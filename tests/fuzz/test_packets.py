@@ -15,8 +15,8 @@ from scapy.layers.inet import IP, UDP, IPOption
 from scapy.layers.l2 import Dot1AD, Dot1Q
 from scapy.packet import Packet, Raw
 
+from relay.dataplane.copies import COPY_SLOT_BYTES
 from relay.dataplane.layout import DropCause
-from relay.dataplane.memory import COPY_SLOT_BYTES
 from tests.fuzz import children, oracle
 from tests.fuzz.datapath import DataPath
 from tests.fuzz.frames import (

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from logging_shm import Facility, SharedMemoryLogManager, SharedSPSCRingBuffer
 from logging_shm.facility import segment_name
 from relay.confinement import landlock
 from relay.dataplane import events
+from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
 from relay.descriptors import Channel, channel_pair
 from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, TemplateReady
@@ -117,10 +118,10 @@ class Workers(Inside):
         """Have a new worker try; return its exit code, negative for a signal, and what the attempt gave."""
         channel: Channel[FromWorker]
         channel, far = channel_pair(FromWorker)
-        with far:
+        with far, closing(Copies.create()) as copies:
             core = min(os.sched_getaffinity(0))
             assert core == CORE
-            self.channel.send(Spawn(CORE, INSTANCE, "sleep"), [far.fileno()])
+            self.channel.send(Spawn(CORE, INSTANCE, "sleep"), [far.fileno(), copies.fileno()])
         channel._socket.send(name.encode())
         spawned, _ = self.channel.receive()
         exited, _ = self.channel.receive()

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from tools.environment import CHECKOUT
-from tools.netns import Host
+from tools.netns import Host, Line
 
 PYTHON = sys.executable
 BIN = Path(sys.executable).parent
@@ -26,6 +26,7 @@ POLL_S = 0.02
 SERVES = "Control plane worker started"
 TOOK_OVER = "Took over from supervisor"
 RING_MIB = 64  # 0.6 s at 50 000 datagrams/s
+PPS = 50_000
 STOP_S = 15.0  # a stop takes under 2 s; the machine may be busy
 
 
@@ -190,26 +191,86 @@ class Relay:
         print(f"--- log of {self.instance} ---\n{self.text()}")  # shown when the test failed
 
 
+class Tool:
+    """A running send_mcast.py or recv_mcast.py: ready, that is, sending or joined."""
+
+    def __init__(self, host: Host, script: str, folder: Path, *options: str) -> None:
+        self._out = folder / f"{script}-{len(list(folder.iterdir()))}"
+        command = [PYTHON, f"tools/{script}.py", "--ready", "--quiet", "--json", *options]
+        with self._out.open("w") as out:
+            self.process = host.popen(command, stdout=out, cwd=CHECKOUT)
+        wait_until(lambda: "ready" in self._out.read_text() or self.process.poll() is not None, f"{script} is ready")
+
+    def summary(self) -> Any:
+        """What it says at its end."""
+        self.process.wait(DEADLINE_S)
+        return json.loads(self._out.read_text().splitlines()[-1])
+
+    def interrupt(self) -> Any:
+        """End it as Ctrl-C does; return its summary."""
+        self.process.send_signal(signal.SIGINT)
+        return self.summary()
+
+    def drain(self) -> Any:
+        """End a receiver when nothing comes any more; return its summary."""
+        self.process.terminate()
+        return self.summary()
+
+    def end(self) -> None:
+        """End it whatever its state."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def receiver(host: Host, folder: Path, *options: str) -> Iterator[Tool]:
+    """A recv_mcast.py that has joined, and has ended after the block."""
+    tool = Tool(host, "recv_mcast", folder, *options)
+    try:
+        assert tool.process.poll() is None
+        yield tool
+    finally:
+        tool.end()
+
+
+@contextlib.contextmanager
+def sender(host: Host, folder: Path, *options: str) -> Iterator[Tool]:
+    """A send_mcast.py that sends from before the block, and has ended after it."""
+    tool = Tool(host, "send_mcast", folder, *options)
+    try:
+        yield tool
+    finally:
+        tool.end()
+
+
 @contextlib.contextmanager
 def receiving(host: Host, folder: Path, *options: str) -> Iterator[Callable[[], Any]]:
-    """Run recv_mcast.py; in the block it has joined. Gives a function that waits for its summary."""
-    out_path = folder / f"received-{len(list(folder.iterdir()))}"
-    command = [PYTHON, "tools/recv_mcast.py", "--ready", "--quiet", "--json", *options]
-    with out_path.open("w") as out:
-        process = host.popen(command, stdout=out, cwd=CHECKOUT)
+    """Run recv_mcast.py; in the block it has joined. Gives a function for its summary, when all has been sent."""
+    with receiver(host, folder, *options) as tool:
+        yield tool.summary if "--count" in options else tool.drain
 
-    def summary() -> Any:
-        process.wait(DEADLINE_S)
-        return json.loads(out_path.read_text().splitlines()[-1])
 
-    try:
-        wait_until(lambda: "ready" in out_path.read_text() or process.poll() is not None, "receiver joined")
-        assert process.poll() is None
-        yield summary
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(10)
+@contextlib.contextmanager
+def relayed_whole(line: Line, folder: Path, *options: str) -> Iterator[None]:
+    """Traffic at PPS from before the block until after it: it arrives whole, in order, once.
+
+    `options` are for the sender.
+    """
+    gen, _, sink = line.hosts
+    to = ("--interface", "right", "--rate", str(PPS), *options)
+    with receiver(sink, folder, "--interface", "left") as received, sender(gen, folder, *to) as sent:
+        yield
+        count = sent.interrupt()["datagrams"]
+        assert_perfect(received.drain(), count)
+
+
+def relay_some(line: Line, folder: Path, count: int, *options: str) -> None:
+    """So many datagrams at PPS arrive whole, in order, once; `options` for the sender."""
+    gen, _, sink = line.hosts
+    with receiver(sink, folder, "--interface", "left") as received:
+        send(gen, "--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
+        assert_perfect(received.drain(), count)
 
 
 def send(host: Host, *options: str) -> Any:

@@ -127,7 +127,7 @@ def relay(line: Line, start_relay: StartRelay) -> Relay:
 def unharmed_traffic(line: Line, folder: Path) -> Iterator[None]:
     """Traffic that passes meanwhile, of which nothing may be missing."""
     gen, _, sink = line.hosts
-    with receiving(sink, folder, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, folder, "--interface", "left") as summary:
         options = ("--interface", "right", "--rate", "5000", "--count", str(DATAGRAMS))
         sending = threading.Thread(target=send, args=(gen, *options))
         sending.start()

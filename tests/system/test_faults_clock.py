@@ -74,7 +74,7 @@ def test_steps_of_the_clock_change_no_interval_rate_or_order(
     (worker,) = relay.ask("list-workers")
     ages = [worker["uptime_s"]]
     hours = []
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "3") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         to = ("--interface", "right", "--rate", str(PPS), "--count", str(COUNT))
         sending = threading.Thread(target=send, args=(gen, *to))
         sending.start()

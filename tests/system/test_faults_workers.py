@@ -23,11 +23,11 @@ import pytest
 from relay.dataplane.counters import StatsSegment
 from relay.supervisor.health import HANG_S, YOUNG_S
 from tests.system.conftest import StartRelay
-from tests.system.harness import DEADLINE_S, PYTHON, Relay, assert_perfect, receiving, send
+from tests.system.harness import DEADLINE_S, PYTHON, Relay, assert_perfect, receiving, relay_some, send, wait_until
 from tools.netns import Host, Line
 
 PPS = 50_000
-KILLS = int(os.environ.get("MCR_KILLS", "20"))
+KILLS = int(os.environ.get("MCR_KILLS", "10"))  # of each kind
 SEED = int(os.environ.get("MCR_KILLS_SEED", "20"))
 IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
 PASS_DATAGRAMS_MAX = 4096
@@ -35,6 +35,8 @@ RING_OF_SECONDS = ("--ring-mib", "256")  # 131 072 frames: what hangs is found w
 BACK_S_MAX = 0.5  # promised: 0.1 s
 REPLACED_S_MAX = 2.0  # promised: 1 s
 BEAT_NS = 100_000_000
+# A hang takes half a second to be found: 20 s until it has happened often enough.
+FATAL = [signal.SIGKILL, *([signal.SIGSTOP] if "MCR_FAULTS_LONG" in os.environ else [])]
 MANY = 10_000  # rules
 PTRACE_ATTACH = 16  # sys/ptrace.h
 PTRACE_DETACH = 17
@@ -44,8 +46,8 @@ FLOWS = 64
 
 @contextlib.contextmanager
 def traffic(gen: Host, count: int, *options: str) -> Iterator[threading.Thread]:
-    """Datagrams in frames of their own at PPS while the block runs, and until all are sent."""
-    to = ("--interface", "right", "--rate", str(PPS), "--no-gso", "--count", str(count), *options)
+    """Datagrams at PPS while the block runs, and until all are sent."""
+    to = ("--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
     sending = threading.Thread(target=send, args=(gen, *to))
     sending.start()
     try:
@@ -105,16 +107,18 @@ def wait_while(seconds: float, what: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def test_twenty_kills_at_any_moment_lose_and_reorder_nothing(
-    line: Line, start_relay: StartRelay, tmp_path: Path
+@pytest.mark.parametrize("how", ["--no-gso", "--gso"], ids=["frames", "super-frames"])
+def test_kills_at_any_moment_lose_and_reorder_nothing(
+    line: Line, start_relay: StartRelay, tmp_path: Path, how: str
 ) -> None:
+    """Datagrams in frames of their own, and in bursts that cross a veth whole."""
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 1, *RING_OF_SECONDS)
     relay.add("r", IN, OUT)
     watch, chance, count = Watch(relay), random.Random(SEED), KILLS * PPS * 3 // 4
     outages_s: dict[int, float] = {}
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
-        with traffic(gen, count):
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
+        with traffic(gen, count, how):
             for _ in range(KILLS):
                 watch.wait_for_traffic(1)
                 born_s = time.monotonic()
@@ -186,7 +190,7 @@ def test_a_hanging_worker_is_replaced_and_nothing_is_lost(
     relay = start_relay(host, ("left",), 1, *RING_OF_SECONDS)
     relay.add("r", IN, OUT)
     watch, count = Watch(relay), 2 * PPS
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         with traffic(gen, count):
             watch.wait_for_traffic(1000)
             pid, asking = watch.pid, threading.Thread(target=hang, args=(watch, relay))
@@ -295,18 +299,19 @@ class Killer:
         self._thread.join()
 
 
+@pytest.mark.parametrize("number", FATAL)
 def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_back(
-    line: Line, start_relay: StartRelay, tmp_path: Path
+    line: Line, start_relay: StartRelay, tmp_path: Path, number: signal.Signals
 ) -> None:
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 2)
     relay.add("r", IN, OUT)
     core = Relay.cores(2)[1]
-    with Killer(relay, core):
+    with Killer(relay, core, number):
         relay.wait_for_log(f"[Alert] [Supervisor] The worker of core {core} has died")
         assert {worker["core"]: worker["is_excluded"] for worker in relay.ask("list-workers")}[core]
         assert f"the worker of core {core} kept failing, and others have its traffic" in relay.control("doctor").stdout
-        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
+        with receiving(sink, tmp_path, "--interface", "left") as summary:
             with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
                 pass
             assert summary()["lost"] == 0
@@ -314,7 +319,7 @@ def test_a_worker_that_keeps_dying_gives_its_traffic_to_the_others_and_comes_bac
         assert deaths < 20  # seconds have passed: it is started ever more seldom
     relay.wait_for_log(f"[Notice] [Supervisor] The worker of core {core} has recovered")
     before = {worker["core"]: worker["packets_relayed"] for worker in relay.ask("list-workers")}
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         with traffic(gen, 50_000, "--flows", str(FLOWS), "--flow-by", "source-port"):
             pass
         assert summary()["lost"] == 0
@@ -335,19 +340,31 @@ def test_the_only_worker_that_keeps_dying_is_said_and_started_again(line: Line, 
     relay.stop()
 
 
-@pytest.mark.skipif("MCR_FAULTS_LONG" not in os.environ, reason="takes 20 s: set MCR_FAULTS_LONG")
-def test_a_worker_that_hangs_again_and_again_gives_its_traffic_to_the_others(
-    line: Line, start_relay: StartRelay, tmp_path: Path
+def template_of(relay: Relay) -> psutil.Process:
+    children = psutil.Process(relay.pid).children()
+    return next(child for child in children if "relay.dataplane.template" in child.cmdline())
+
+
+@pytest.mark.parametrize("when", ["before the exit", "before the start"])
+def test_a_template_that_does_not_answer_is_replaced(
+    line: Line, start_relay: StartRelay, tmp_path: Path, when: str
 ) -> None:
-    gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), 2)
+    """It would neither tell of a worker's end nor start the next one."""
+    relay = start_relay(line.hosts[1])
     relay.add("r", IN, OUT)
-    core = Relay.cores(2)[1]
-    with Killer(relay, core, signal.SIGSTOP):
-        relay.wait_for_log(f"[Alert] [Supervisor] The worker of core {core} has died")
-        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "1") as summary:
-            with traffic(gen, PPS, "--flows", str(FLOWS), "--flow-by", "source-port"):
-                pass
-            assert summary()["lost"] == 0
-    relay.wait_for_log(f"[Notice] [Supervisor] The worker of core {core} has recovered")
+    watch, template = Watch(relay), template_of(relay)
+    former = watch.pid
+    if when == "before the exit":
+        template.suspend()
+        os.kill(former, signal.SIGKILL)
+    else:
+        os.kill(relay.pid, signal.SIGSTOP)
+        os.kill(former, signal.SIGKILL)
+        wait_until(lambda: not template.children(), "the template has told of it")
+        template.suspend()
+        os.kill(relay.pid, signal.SIGCONT)
+    relay.wait_for_log(f"The template does not answer, killed: pid {template.pid}")
+    wait_until(lambda: relay.ask("list-workers")[0]["state"] == "running" and watch.pid != former, "the next one runs")
+    relay_some(line, tmp_path, 1000)
+    assert f"pid {former}, " in relay.text()
     relay.stop()

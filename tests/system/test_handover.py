@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,33 +18,14 @@ import pytest
 
 from relay.dataplane.counters import StatsSegment
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, PYTHON, Relay, assert_perfect, receiving, send, wait_until
+from tests.system.harness import BIN, PPS, PYTHON, Relay, receiver, relay_some, relayed_whole, sender, wait_until
 from tools.netns import Host, Line
 
-PPS = 50_000
-COUNT = 100_000
 TURNS = int(os.environ.get("MCR_HANDOVER_TURNS", "2"))  # of what is done again and again
-TURN_COUNT = 100_000  # datagrams while that is done once
-KILLED_COUNT = 200_000
 KILLS = int(os.environ.get("MCR_HANDOVER_KILLS", "2"))  # of a supervisor that changes rules
 IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
 MANY = 1000
 ROOM = ("--ring-mib", "64")  # 0.6 s at PPS: the machine may be busy
-
-
-@contextlib.contextmanager
-def relayed_whole(line: Line, folder: Path, *options: str, count: int = COUNT) -> Iterator[None]:
-    """Traffic while the block runs, and until all of it is sent: it arrives whole, in order, once."""
-    gen, _, sink = line.hosts
-    with receiving(sink, folder, "--interface", "left", "--idle-timeout", "2") as summary:
-        to = ("--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
-        sending = threading.Thread(target=send, args=(gen, *to))
-        sending.start()
-        try:
-            yield
-        finally:
-            sending.join()
-        assert_perfect(summary(), count)
 
 
 def workers(relay: Relay) -> set[int]:
@@ -66,6 +46,20 @@ def relay_answers(relay: Relay) -> bool:
     """Whether a control plane of this relay is alive."""
     names = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     return any("relay.controlplane" in name and relay.instance in name for name in names)
+
+
+def is_published(relay: Relay) -> bool:
+    """Whether what runs now is what the next supervisor would find."""
+    inventory = relay.socket.with_suffix(".inventory")
+    if not inventory.exists():
+        return False
+    return {worker["pid"] for worker in json.loads(inventory.read_text())["workers"]} == workers(relay)
+
+
+def add_to_lasting(relay: Relay) -> None:
+    """Add a rule when the next supervisor could take over: then workers know that, too."""
+    wait_until(lambda: is_published(relay), "the next one could take over")
+    relay.add("r", IN, OUT)
 
 
 def is_alive(pid: int) -> bool:
@@ -104,9 +98,9 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
 ) -> None:
     host = line.hosts[1]
     relay = start_relay(host, ("left",), count, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     relay.add("other", "239.1.1.7:5001", "239.2.2.7:6001:right")
-    with relayed_whole(line, tmp_path, "--flows", "16", count=TURNS * TURN_COUNT):
+    with relayed_whole(line, tmp_path, "--flows", "16"):
         for _ in range(TURNS):
             wait_until(lambda: packets_relayed(relay) > 1000, "traffic flows")
             former = workers(relay)
@@ -120,7 +114,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
             assert not former & workers(relay)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r", "other"]
     assert relay.text().count(f"{count} workers replaced") == TURNS
-    assert relay.assert_accounted()["packets_relayed"] <= TURNS * TURN_COUNT
+    relay.assert_accounted()
     assert not joined(host, "239.1.1.9")
     relay.stop()
     assert not joined(host, "239.1.1.1")
@@ -129,7 +123,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_graceful_restart_loses_nothing(line: Line, start_relay: StartRelay, tmp_path: Path, count: int) -> None:
     relay = start_relay(line.hosts[1], ("left",), count, "--exclusive", *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     with relayed_whole(line, tmp_path, "--flows", "16"):
         for _ in range(2):
             former = workers(relay)
@@ -156,7 +150,7 @@ def test_a_restart_of_many_rules_keeps_them_all(line: Line, start_relay: StartRe
 
 def test_super_frames_survive_a_restart(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     with relayed_whole(line, tmp_path, "--burst", "40"):
         assert relay.control("restart").returncode == 0
     relay.stop()
@@ -168,7 +162,7 @@ def test_a_program_that_can_not_start_is_not_restarted_into(
     config = tmp_path / "relay.toml"
     config.write_text("stats_interval_s = 5\n")
     relay = start_relay(line.hosts[1], ("left",), 1, "--config", str(config))
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = workers(relay)
     config.write_text("nonsense = 5\n")
     with relayed_whole(line, tmp_path):
@@ -183,6 +177,7 @@ def test_a_program_that_can_not_start_is_not_restarted_into(
 
 def test_a_client_waits_for_the_next_supervisor(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+    add_to_lasting(relay)
     kill_supervisor(relay)
     command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "ping"]
     with line.hosts[1].popen(command, stdout=-1) as client:
@@ -193,7 +188,8 @@ def test_a_client_waits_for_the_next_supervisor(line: Line, start_relay: StartRe
 
 def test_unicast_inputs_are_held_all_the_time(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", "10.1.0.2:5001", OUT)
+    add_to_lasting(relay)
+    relay.add("unicast", "10.1.0.2:5001", OUT)
     with relayed_whole(line, tmp_path, "--group", "10.1.0.2"):
         kill_supervisor(relay)
         relay.start_again()
@@ -206,7 +202,7 @@ def test_unicast_inputs_are_held_all_the_time(line: Line, start_relay: StartRela
 @pytest.mark.parametrize("options", [("--ring-mib", "8"), ("--num-workers", "2")])
 def test_other_options_end_the_former_workers(line: Line, start_relay: StartRelay, options: tuple[str, ...]) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = workers(relay)
     kill_supervisor(relay)
     relay.start_again(["--interface", "left", *options])
@@ -218,7 +214,7 @@ def test_other_options_end_the_former_workers(line: Line, start_relay: StartRela
 
 def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = workers(relay)
     (template,) = [p for p in psutil.Process(relay.pid).children() if "relay.dataplane.template" in p.cmdline()]
     relay.process.send_signal(signal.SIGSTOP)  # so that it starts no other template
@@ -233,7 +229,7 @@ def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay
 
 def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     former = {child.pid for child in psutil.Process(relay.pid).children(recursive=True)}
     relay.kill_family()
     relay.start_again()
@@ -241,8 +237,7 @@ def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, t
     relay.wait_for_log(f"1 rules of {relay.socket.with_suffix('.state')} go on")
     assert not any(is_alive(pid) for pid in former)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
-    with relayed_whole(line, tmp_path, count=1000):
-        pass
+    relay_some(line, tmp_path, 1000)
     relay.stop()
 
 
@@ -252,13 +247,10 @@ def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
     """What is lost is what came while nobody relayed, less what a ring holds; `pytest -s` tells how much."""
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     seen = workers(relay)
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "4") as summary:
-        sending = threading.Thread(
-            target=send, args=(gen, "--interface", "right", "--rate", str(PPS), "--count", str(KILLED_COUNT))
-        )
-        sending.start()
+    to = ("--interface", "right", "--rate", str(PPS))
+    with receiver(sink, tmp_path, "--interface", "left") as received, sender(gen, tmp_path, *to) as sent:
         for text in ("segments of a killed supervisor", "Spawning Data Plane worker", "Data plane worker started"):
             kill_supervisor(relay)
             before = relay.text().count(text)
@@ -271,18 +263,17 @@ def test_a_take_over_that_is_killed_leaves_nothing_unsupervised(
         wait_until(lambda: relay.ask("list-workers")[0]["state"] == "running", "its worker runs")
         family = {child.pid for child in psutil.Process(relay.pid).children(recursive=True)}
         wait_until(lambda: not any(is_alive(pid) for pid in seen - family), "nothing of the former is left")
-        sending.join()
-        found = summary()
-    print(f"killed in the middle of three take-overs: {found['lost']} of {KILLED_COUNT} lost")
+        count = sent.interrupt()["datagrams"]
+        found = received.drain()
+    print(f"killed in the middle of three take-overs: {found['lost']} of {count} lost")
     assert (found["duplicated"], found["reordered"], found["corrupt"]) == (0, 0, 0)
-    with relayed_whole(line, tmp_path, count=1000):
-        pass
+    relay_some(line, tmp_path, 1000)
     relay.stop()
 
 
 def test_of_two_that_would_take_over_one_does(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     kill_supervisor(relay)
     served = relay.text().count("Control plane worker started")
     both = [relay.launch(relay.options), relay.launch(relay.options)]
@@ -296,6 +287,7 @@ def test_of_two_that_would_take_over_one_does(line: Line, start_relay: StartRela
 
 def test_descriptors_are_for_the_supervisors_user_alone(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+    add_to_lasting(relay)
     kill_supervisor(relay)
     handover = relay.socket.with_suffix(".handover")
     handover.chmod(0o666)  # even then
@@ -322,7 +314,7 @@ def test_a_state_file_keeps_rules_over_a_stop(line: Line, start_relay: StartRela
     )
     config.write_text(rules.format("configured"))
     relay = start_relay(line.hosts[1], ("left",), 1, "--state", str(state), "--config", str(config))
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     relay.stop()
     assert state.stat().st_mode & 0o777 == 0o600
     assert rule_ids(state) == ["configured", "r"]
@@ -342,7 +334,7 @@ def test_a_damaged_or_half_written_state_is_said_and_stops_nothing(
     assert f"Removed the half-written {state}.unfinished" in relay.text()
     assert f"State file {state} is damaged and was set aside" in relay.text()
     assert (tmp_path / "rules.state.damaged").exists()
-    relay.add("r", IN, OUT)
+    add_to_lasting(relay)
     relay.stop()
     assert rule_ids(state) == ["r"]
 

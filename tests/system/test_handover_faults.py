@@ -3,7 +3,6 @@
 gen ──left── relay ──right── sink        10.1.0.0/24, 10.2.0.0/24
 """
 
-import json
 import os
 import re
 import resource
@@ -16,8 +15,18 @@ import pytest
 
 from tests.logging_shm.command import mcrlog_json
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, STOP_S, Relay, assert_perfect, receiving, send, wait_until
-from tests.system.test_handover import IN, OUT, is_alive, kill_supervisor, relayed_whole, workers
+from tests.system.harness import (
+    BIN,
+    STOP_S,
+    Relay,
+    assert_perfect,
+    receiver,
+    relay_some,
+    relayed_whole,
+    send,
+    wait_until,
+)
+from tests.system.test_handover import IN, OUT, is_alive, is_published, kill_supervisor, workers
 from tools.netns import Line
 
 FLOWS = ("--flows", "16")
@@ -33,8 +42,7 @@ def template_of(relay: Relay) -> psutil.Process:
 
 
 def relays_few(line: Line, folder: Path) -> None:
-    with relayed_whole(line, folder, *FLOWS, count=FEW):
-        pass
+    relay_some(line, folder, FEW, *FLOWS)
 
 
 def blocks(pid: int, number: signal.Signals) -> bool:
@@ -64,12 +72,12 @@ def test_a_worker_that_dies_without_a_supervisor_is_followed_where_it_stopped(
     victim = min(workers(relay))
     kill_supervisor(relay)
     gen, _, sink = line.hosts
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "6") as summary:
+    with receiver(sink, tmp_path, "--interface", "left") as received:
         os.kill(victim, signal.SIGSTOP)  # so that no datagram is between ring and socket when it dies
         send(gen, "--interface", "right", "--rate", "20000", "--count", str(5 * FEW), *FLOWS)
         os.kill(victim, signal.SIGKILL)
         relay.start_again()
-        assert_perfect(summary(), 5 * FEW)
+        assert_perfect(received.drain(), 5 * FEW)
     relay.stop()
 
 
@@ -164,12 +172,6 @@ def test_a_stop_while_starting_anew_is_a_stop(line: Line, start_relay: StartRela
         client.kill()
     assert not any(is_alive(pid) for pid in former)
     assert relay.leftovers() == []
-
-
-def is_published(relay: Relay) -> bool:
-    """Whether what runs now is what the next supervisor would find."""
-    kept = json.loads(relay.socket.with_suffix(".inventory").read_text())
-    return {worker["pid"] for worker in kept["workers"]} == workers(relay)
 
 
 def test_as_many_inputs_as_one_likes_are_kept(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_traffic_in_the_rings_is_finished_at_the_end(line: Line, start_relay: St
     relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
     (worker,) = relay.ask("list-workers")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         os.kill(worker["pid"], signal.SIGSTOP)
         send(gen, "--interface", "right", "--rate", "20000", "--count", "5000")
         relay.process.send_signal(signal.SIGINT)
@@ -100,7 +100,7 @@ def test_a_killed_worker_is_replaced_and_nothing_waiting_is_lost(
     relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
     (worker,) = relay.ask("list-workers")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         os.kill(worker["pid"], signal.SIGSTOP)  # so that no datagram is between ring and socket when it dies
         send(gen, "--interface", "right", "--rate", "20000", "--count", "3000")
         with contextlib.suppress(ProcessLookupError):  # killed as hanging, where all that took too long
@@ -124,7 +124,7 @@ def test_workers_killed_under_traffic_lose_and_double_nothing(
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         options = ("--interface", "right", "--rate", "10000", "--count", "40000")
         sending = threading.Thread(target=send, args=(gen, *options))
         sending.start()

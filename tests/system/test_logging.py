@@ -29,7 +29,7 @@ SINGLY = ("--interface", "right", "--no-gso")
 
 def assert_relays(line: Line, folder: Path, count: int = DATAGRAMS) -> None:
     """Everything that is sent arrives."""
-    with receiving(line.hosts[2], folder, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(line.hosts[2], folder, "--interface", "left") as summary:
         send(line.hosts[0], *SINGLY, "--rate", "20000", "--count", str(count))
         assert_perfect(summary(), count)
 

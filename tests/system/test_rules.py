@@ -190,7 +190,7 @@ def test_what_the_relay_sent_is_never_relayed_again(line: Line, start_relay: Sta
     result = relay.control("add-rule", "--rule-id", "r2", "--input-group", "239.1.1.2", "--input-port", "5001",
                            "--output", "239.1.1.3:5001:lo")  # fmt: skip
     assert "the relay never takes in what it sent itself" in result.stderr
-    to = ("--group", "239.1.1.2", "--port", "5001", "--idle-timeout", "1", "--count", "100")
+    to = ("--group", "239.1.1.2", "--port", "5001")
     with receiving(host, tmp_path, *to) as summary:
         send(host, "--count", "100", "--rate", "1000")
         assert_perfect(summary(), 100)
@@ -202,7 +202,7 @@ def test_what_the_relay_sent_is_never_relayed_again(line: Line, start_relay: Sta
 def test_rules_change_under_traffic_and_other_streams_notice_nothing(line: Line, relay: Relay, tmp_path: Path) -> None:
     gen, _, sink = line.hosts
     relay.add("kept", IN, OUT, "239.2.2.9:6001:right")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         sending = threading.Thread(
             target=send, args=(gen, "--interface", "right", "--rate", "20000", "--count", "100000")
         )
@@ -223,7 +223,7 @@ def test_ten_thousand_rules_are_installed_and_match(line: Line, relay: Relay, tm
     gen, _, sink = line.hosts
     rules = [(f"r{i}", f"239.1.{i // 250}.{i % 250 + 1}:5001", f"239.2.2.2:{6001 + i % 5}:right") for i in range(COUNT)]
     relay.add_many(tmp_path, rules)
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2", "--port", "6005") as summary:
+    with receiving(sink, tmp_path, "--interface", "left", "--port", "6005") as summary:
         to = ("--group", "239.1.39.250", "--port", "5001")
         send(gen, "--interface", "right", "--rate", "20000", "--count", "20000", *to)
         assert_perfect(summary(), 20_000)

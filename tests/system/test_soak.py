@@ -116,7 +116,7 @@ def test_faults_at_random_lose_nothing(
     relay.add("kept", IN, OUT)
     faults, chance = Faults(relay, tmp_path), random.Random(SEED)
     count = int(seconds * PPS)
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "3") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         to = ("--interface", "right", "--rate", str(PPS), "--count", str(count), "--no-gso")
         sending = threading.Thread(target=send, args=(gen, *to))
         sending.start()

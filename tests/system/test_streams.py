@@ -26,7 +26,7 @@ def test_streams_arrive_whole_and_in_order(
     relay.add_many(tmp_path, [(f"r{i}", f"239.1.1.{i}:5001", f"239.2.2.{i}:6001:right") for i in range(1, streams + 1)])
     flows = ("--flows", str(streams), "--flow-by", "group")
     to, received_at = ("--group", "239.1.1.1", "--port", "5001"), ("--group", "239.2.2.1", "--port", "6001")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2", *flows, *received_at) as summary:
+    with receiving(sink, tmp_path, "--interface", "left", *flows, *received_at) as summary:
         send(gen, "--interface", "right", "--rate", RATE, "--count", str(DATAGRAMS), *flows, *to)
         result = summary()
     assert_perfect(result, DATAGRAMS)
@@ -44,7 +44,7 @@ def test_one_input_leaves_through_fifty_outputs(
     relay = start_relay(host, ("left",), workers, *ROOMY)
     relay.add("fanout", "239.1.1.1:5001", *(f"239.2.2.{i}:6001:right" for i in range(1, 51)))
     copies = ("--flows", "50", "--flow-by", "group", "--group", "239.2.2.1", "--port", "6001")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2", *copies) as summary:
+    with receiving(sink, tmp_path, "--interface", "left", *copies) as summary:
         send(gen, "--interface", "right", "--rate", "2000", "--count", "10000", "--flows", "4")
         result = summary()
     assert_perfect(result, 50 * 10_000)
@@ -59,7 +59,7 @@ def test_three_inputs_leave_through_one_output(
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), workers, *ROOMY)
     relay.add_many(tmp_path, [(f"r{i}", f"239.1.1.{i}:5001", "239.2.2.2:6001:right") for i in (1, 2, 3)])
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         flows = ("--flows", "3", "--flow-by", "group")
         send(gen, "--interface", "right", "--rate", RATE, "--count", str(DATAGRAMS), *flows)
         result = summary()
@@ -76,7 +76,7 @@ def test_a_chain_of_three_relays_loses_nothing(start_relay: StartRelay, tmp_path
         for i, relay in enumerate(relays, 1):
             relay.add("hop", f"239.{i}.1.1:5001", f"239.{i + 1}.1.1:5001:right")
         at_end = ("--group", "239.4.1.1", "--port", "5001")
-        with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2", *at_end) as summary:
+        with receiving(sink, tmp_path, "--interface", "left", *at_end) as summary:
             send(gen, "--interface", "right", "--rate", "20000", "--count", str(DATAGRAMS), "--flows", "2")
             result = summary()
         assert_perfect(result, DATAGRAMS)
@@ -89,7 +89,7 @@ def test_datagrams_of_all_sizes_arrive_whole(line: Line, start_relay: StartRelay
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), workers, *ROOMY)
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "2000", "--count", "5000", "--size", "0-65507")
         result = summary()
     assert_perfect(result, 5000)
@@ -103,7 +103,7 @@ def test_small_datagrams_sent_singly_arrive_whole(
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), workers, *ROOMY)
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         sizes = ("--size", "32-1472", "--no-gso", "--flows", "7")
         send(gen, "--interface", "right", "--rate", RATE, "--count", str(DATAGRAMS), *sizes)
         result = summary()
@@ -128,7 +128,7 @@ def test_every_way_of_waiting_and_sharing_loses_nothing(
     gen, host, sink = line.hosts
     relay = start_relay(host, ("left",), 2, *ROOMY, *options)
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
-    with receiving(sink, tmp_path, "--interface", "left", "--idle-timeout", "2") as summary:
+    with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "10000", "--count", "20000", "--flows", "4")
         result = summary()
     faults = ("lost", "duplicated", "corrupt", "foreign")  # only the hash keeps a flow on one worker, so in order

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from relay.dataplane import layout, memory
 from relay.dataplane.coalesce import add, drain
+from relay.dataplane.copies import COPIES_BYTES
 from relay.dataplane.table import TableOutput, TableRule, compile_table, view_table
 from relay.dataplane.uring import Uring
 
@@ -33,7 +34,9 @@ class Sender:
         self.uring = Uring(memory.SQ_ENTRIES)
         log = np.zeros(LOG_BYTES, np.uint8)
         stats = np.zeros(layout.STATS_BYTES, np.uint8)
-        self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, stats, (log, log, log, log))
+        self.memory = memory.Memory(
+            self.uring.sqes, self.uring.cqes, stats, np.zeros(COPIES_BYTES, np.uint8), (log, log, log, log)
+        )
         self.uring.attach(self.memory.worker)
         self.receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(6)]
         self.egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -18,6 +18,7 @@ from msgspec import structs
 
 from relay.errors import PreflightError, RelayError
 from relay.rules import Output, Rule
+from relay.supervisor.orphans import VERSION as INVENTORY_VERSION
 from relay.supervisor.orphans import Inventory, KeptProcess, KeptWorker, inventory_file
 from relay.supervisor.state import VERSION, State, StateFile, state_file
 
@@ -197,7 +198,9 @@ def test_removing_takes_the_unfinished_file_too(file: StateFile[State], tmp_path
 
 
 def test_an_inventory_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    inventory = Inventory(1, "boot", 10, KeptProcess(11, 100), 1 << 24, 0, (0, 1), (KeptWorker(12, 101, 0),))
+    inventory = Inventory(
+        INVENTORY_VERSION, "boot", 10, KeptProcess(11, 100), 1 << 24, 0, (0, 1), (KeptWorker(12, 101, 0),)
+    )
     file = inventory_file(tmp_path / "control.sock")
     file.save(inventory)
     assert file.load() == (inventory, [])

@@ -1,0 +1,77 @@
+"""The copy arena of a worker: frames too large for a ring's slot, fetched whole from the socket's receive queue.
+
+A frame that was fetched is nowhere else, so the arena outlives the process that fetched it: a memory file, made by the
+supervisor, kept for the worker's successor and for the next supervisor. Written by the worker that reads the rings
+(ring.py), and by its successor where it goes on. The supervisor never maps it.
+"""
+
+import fcntl
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+
+from relay.dataplane.layout import MMSGHDR, RINGS_MAX
+
+COPY_SLOTS = 8  # super-frames fetched by one recvmmsg: 8 x 68 KiB stay within a usual L2 cache until they are sent
+COPY_SLOT_BYTES = 69_632  # virtio header, Ethernet with two tags, 65 535 bytes of IP; a multiple of 4096
+PAGE_BYTES = 4096
+
+COPIES_HEADER = np.dtype(
+    [
+        ("mmsg", MMSGHDR, (RINGS_MAX, COPY_SLOTS)),  # msg_len: 0 for none. Pointers are those of the last process
+        ("places", "<i8", (RINGS_MAX, COPY_SLOTS)),  # the ring slot that a copy was parsed for, plus 1; 0: not yet
+    ]
+)
+ARENA_OFFSET = -(-COPIES_HEADER.itemsize // PAGE_BYTES) * PAGE_BYTES
+COPIES_BYTES = ARENA_OFFSET + RINGS_MAX * COPY_SLOTS * COPY_SLOT_BYTES
+
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: it can't be cut under its readers
+
+
+class Copies:
+    """A worker's copy arena, by its descriptor. Pages of it are taken as they are written."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def create(cls) -> "Copies":
+        """An empty one. Raises OSError."""
+        descriptor = os.memfd_create("mcr_copies", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, COPIES_BYTES)
+            fcntl.fcntl(descriptor, F_ADD_SEALS, SEALS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor)
+
+    @staticmethod
+    def is_one(descriptor: int) -> bool:
+        """Whether a descriptor is of a copy arena. Raises OSError when it is of no memory file."""
+        return fcntl.fcntl(descriptor, F_GET_SEALS) == SEALS and os.fstat(descriptor).st_size == COPIES_BYTES
+
+    def forget(self, ring_number: int) -> None:
+        """Nothing fetched of this ring is wanted any more: its number goes to another. Raises OSError."""
+        mmsg, offset = COPIES_HEADER.fields["mmsg"][:2]  # type: ignore[index]
+        ring_bytes = mmsg.itemsize // RINGS_MAX
+        os.pwrite(self._descriptor, bytes(ring_bytes), offset + ring_number * ring_bytes)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Let go of it; it goes with the last process that has it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def map_copies(descriptor: int) -> Any:
+    """Map an arena, as bytes; the descriptor is not needed any more. Raises OSError."""
+    return np.frombuffer(mmap.mmap(descriptor, COPIES_BYTES), np.uint8)
