@@ -31,6 +31,7 @@ def likely_interface(
 
 
 def interface(facts: Facts, datagram: Datagram) -> Step:  # noqa: PLR0911 - one return a cause
+    """Whether it reaches an interface that the relay takes in from."""
     name = datagram.interface
     interface = facts.interfaces.get(name)
     if interface is None:
@@ -57,6 +58,7 @@ def interface(facts: Facts, datagram: Datagram) -> Step:  # noqa: PLR0911 - one 
 
 
 def own_egress(facts: Facts, datagram: Datagram) -> Step:
+    """Whether this host, or the relay itself, has sent it: a ring takes in neither, but for what others send on lo."""
     source = datagram.source
     if datagram.source_port is not None and (own := _own_socket(facts, datagram)) is not None:
         reason = f"{source}:{own.local[1]} is an output of this relay: what it sent itself is dropped as own_egress"
@@ -197,6 +199,7 @@ def admits(program: Sequence[bpf.Instruction], raw: bytes) -> bool:
 
 
 def worker(facts: Facts) -> Step:
+    """Whether anybody reads the ring."""
     running = [worker for worker in facts.workers if worker["state"] == "running" and not worker.get("is_excluded")]
     if not running:
         return Step("worker", "stop", "no worker runs: the ring fills, then overflows", "see the log of mcrd")
