@@ -13,6 +13,7 @@ from relay.cli.checks.registry import Finding
 from relay.cli.config import Applied, Checked, Saved
 from relay.cli.explaining.facts import Explanation
 from relay.differences import Differences
+from relay.health import StreamHealth
 
 VERSION = 1
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -23,7 +24,7 @@ ANSWERS: dict[str, Any] = {
     "remove-rule": api.Removed,
     "list-rules": list[api.ActiveRule],
     "get-stats": messages.Stats,
-    "streams": dict[str, list[messages.StreamHealth]],
+    "streams": dict[str, list[StreamHealth]],
     "list-workers": list[messages.WorkerStats],
     "ping": api.Pong,
     "log-level get": dict[str, str],
