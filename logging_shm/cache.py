@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-chosen: set[str] = set()  # the directories that `use` chose
+chosen: set[str] = set()  # directories that are read in place, where this user may not write
 
 
 def use(name: str, folders: Iterable[Path]) -> Path:
@@ -29,5 +29,7 @@ def use(name: str, folders: Iterable[Path]) -> Path:
 
 def use_own() -> None:
     """As `use` for this package alone, unless a program that embeds it has chosen a directory."""
-    if "NUMBA_CACHE_DIR" not in os.environ:
+    if "NUMBA_CACHE_DIR" in os.environ:
+        chosen.add(os.environ["NUMBA_CACHE_DIR"])
+    else:
         use("logging-shm-compiled", [Path(__file__).parent])

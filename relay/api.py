@@ -103,9 +103,10 @@ class Answer(msgspec.Struct):
 
 
 class Pong(msgspec.Struct, frozen=True):
-    """Of Ping."""
+    """Of Ping; `interfaces` are those that the relay takes in from by default."""
 
     version: str
+    interfaces: tuple[str, ...] = ()
 
 
 class Added(msgspec.Struct, frozen=True):
@@ -124,9 +125,15 @@ class Removed(msgspec.Struct, frozen=True):
 
 
 class ActiveRule(Rule, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """One of ListRules: "active", or "waiting: <why>"."""
+    """One of ListRules: "active", or "waiting: <why>"; where it takes in, and where its counters are.
+
+    Slots are those of the stats segments, one for the rule (None before it is installed), one for each output.
+    """
 
     state: str
+    input_interfaces: tuple[str, ...] = ()
+    slot: int | None = None
+    output_slots: tuple[int, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True):
