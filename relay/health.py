@@ -76,9 +76,14 @@ class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
     mpeg_ts: MpegTsHealth | None = None
 
 
+def used_records(segment: "StatsSegment") -> Any:
+    """The indices of records in use: of a copy, as NumPy refuses to count what changes meanwhile."""
+    return segment.streams["number"].copy().nonzero()[0]
+
+
 def streams(segment: "StatsSegment") -> list[StreamHealth]:
     """The streams of a worker. What it wrote may be anything, what is told is in range."""
-    used = segment.streams["number"].nonzero()[0]
+    used = used_records(segment)
     records = segment.streams[used]
     pids = segment.pids[used]
     is_same = segment.streams["number"][used] == records["number"]

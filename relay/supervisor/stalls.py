@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logging_shm import Logger
+from relay.health import used_records
 from relay.rules import Rule, address_number
 from relay.supervisor.fleet import Fleet, Worker
 
@@ -78,8 +79,7 @@ class StallWatch:
 
     def _streams(self, worker: Worker) -> Iterator[tuple[dict[str, int], Rule, str]]:
         """The streams of a worker that rules watch; a worker may have written anything."""
-        table: Any = worker.stats.streams
-        for values in table[table["number"].nonzero()[0]][list(FIELDS)].tolist():
+        for values in worker.stats.streams[used_records(worker.stats)][list(FIELDS)].tolist():
             stream: dict[str, int] = dict(zip(FIELDS, values, strict=True))
             for rule in self._watched.get((stream["dst"], stream["dport"], stream["ring"]), ()):
                 if rule.source is None or address_number(rule.source) == stream["src"]:

@@ -160,6 +160,8 @@ def test_rtp_faults_are_counted_exactly_and_as_tshark_does(line: Line, relay: Re
         assert (
             0 < latency["p50_us"] <= latency["p90_us"] <= latency["p99_us"] <= latency["p99_9_us"] <= latency["max_us"]
         )
+        assert relay.ask("streams", "ts") == {"ts": []}
+        assert "no rule nothing" in relay.control("streams", "nothing").stderr
         assert "99.99 µs" in relay.control("get-stats").stdout
         assert re.search(
             r"rtp +10\.1\.0\.1:\d+ +left +rtp .*lost 16, reordered 5, dup", relay.control("streams").stdout

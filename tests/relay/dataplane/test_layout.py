@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relay import bpf
+from relay import bpf, health
 from relay.cli.capture import tap
 from relay.dataplane import layout, memory, uring, uring_params
 
@@ -124,10 +124,38 @@ def test_counters_of_the_worker_and_the_supervisor_share_no_cache_line() -> None
     assert not supervisors & workers
 
 
-@pytest.mark.parametrize("dtype", [layout.STATS_HEADER, layout.RULE_STATS, layout.OUTPUT_STATS, layout.TABLE_HEADER])
+OWN = (
+    *(layout.STATS_HEADER, layout.RULE_STATS, layout.OUTPUT_STATS, layout.TABLE_HEADER),
+    *(layout.HEALTH, layout.STREAM, layout.PID),
+)
+
+
+@pytest.mark.parametrize("dtype", OWN)
 def test_fields_of_own_layouts_do_not_overlap(dtype: Any) -> None:
     taken = np.zeros(dtype.itemsize, np.int64)
     for name in dtype.names:
         offset = layout.offset_of(dtype, name)
         taken[offset : offset + dtype.fields[name][0].itemsize] += 1
     assert taken.max() == 1
+
+
+@pytest.mark.parametrize("dtype", [layout.HEALTH, layout.STREAM, layout.PID])
+def test_what_is_read_while_it_is_written_is_never_torn(dtype: Any) -> None:
+    for offset in (layout.STATS_HEALTH_OFFSET, layout.STATS_STREAMS_OFFSET, layout.STATS_PIDS_OFFSET, dtype.itemsize):
+        assert offset % 8 == 0
+    for name in dtype.names:
+        element = dtype.fields[name][0].base
+        assert layout.offset_of(dtype, name) % element.itemsize == 0, name
+
+
+def test_what_every_datagram_of_a_stream_touches_is_in_two_cache_lines() -> None:
+    assert layout.STREAM.itemsize % 64 == layout.STATS_STREAMS_OFFSET % 64 == 0
+    assert layout.offset_of(layout.STREAM, "received_ns") + 8 == 64
+    assert layout.offset_of(layout.STREAM, "missing_high") + 8 == 128
+
+
+def test_payloads_are_named_as_their_flags_combine() -> None:
+    assert health.PAYLOADS[layout.Payload.UDP] == "udp"
+    assert health.PAYLOADS[layout.Payload.RTP] == "rtp"
+    assert health.PAYLOADS[layout.Payload.MPEG_TS] == "mpeg-ts"
+    assert health.PAYLOADS[layout.Payload.RTP | layout.Payload.MPEG_TS] == "rtp mpeg-ts"
