@@ -205,7 +205,9 @@ def test_one_frame_for_a_pipe_and_one_line_for_who_may_not_look(relay: Relay) ->
     assert (piped.returncode, piped.stderr) == (1, "mcrctl: top needs a terminal: give --once to print one frame\n")
     stranger = ["setpriv", f"--reuid={STRANGER_UID}", f"--regid={STRANGER_UID}", "--clear-groups"]
     command = [*stranger, str(BIN / "mcrctl"), "--socket", str(relay.socket), "top", "--once"]
-    refused = relay.host.run(command, capture_output=True)
+    # Set in this process by imports: as an inherited one it means a directory for the stranger to write to.
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    refused = relay.host.run(command, capture_output=True, env=environment)
     assert refused.returncode == 1
     segment = f"/dev/shm/mcr_{relay.instance}_dp_c{Relay.cores(1)[0]}_stats"
     remedy = "who alone may read them: run as root, or as that user"
