@@ -8,7 +8,6 @@ between two looks is told too, and one in which the worker stood still is none: 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from logging_shm import Logger
 from relay.health import used_records
