@@ -2,7 +2,7 @@
 
 Framing: SOCK_STREAM unix socket pair, u32 little-endian length, then msgpack. Children are less privileged than the
 supervisor, so what they send it has bounds here, which the decoder checks; whether it fits the state is checked where
-it is used (link.py, nursery.py), and rules are validated again (main.py).
+it is used (link.py, nursery.py), and rules are validated again (rulebook.py).
 """
 
 from typing import Annotated, Any

@@ -17,7 +17,6 @@ import socket
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -40,19 +39,19 @@ from relay.messages import (
     Ready,
     Refused,
     Restart,
-    Restore,
     StartedWith,
     Workers,
 )
 from relay.privileges import keep_for_supervising, resolve_trusted_group
-from relay.rules import Rule, check_cycles, describe, validate
-from relay.supervisor import interfaces, levels, segments
+from relay.rules import Rule
+from relay.supervisor import levels, segments
 from relay.supervisor.changes import Change, Changes
 from relay.supervisor.egress_watch import EgressWatch
 from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
+from relay.supervisor.interface_watch import InterfaceWatch
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.link import ControlPlaneLink
 from relay.supervisor.listener import listening, prepare_place
@@ -60,20 +59,16 @@ from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
 from relay.supervisor.orphans import LISTENER, claim, end, take_over
 from relay.supervisor.restart import Restarter
+from relay.supervisor.rulebook import RuleBook
 from relay.supervisor.sampling import Sampler
 from relay.supervisor.service import ServiceManager
 from relay.supervisor.stalls import StallWatch
-from relay.supervisor.state import VERSION as STATE_VERSION
-from relay.supervisor.state import State, state_file
+from relay.supervisor.state import state_file
 from relay.supervisor.timers import Timers
 
 TICK_S = 1.0
-RETRY_S_MAX = 64.0  # between attempts at what the kernel refused; the first comes after a second
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
-CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
-RULES_LOGGED_MAX = 200  # of one change: the supervisor's ring holds 1 024 records
 CONTROL_PLANE_LINES = (100, 500)  # a second, and at once: a client that floods it floods no log
-CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
 ENDING = (signal.SIGINT, signal.SIGTERM)
 SIGNALS = (*ENDING, signal.SIGHUP)
 
@@ -94,24 +89,19 @@ class Supervisor:
     ) -> None:
         self._options = options
         self._origin = origin
-        self._configured = tuple(rules)
-        self._configured_ids: tuple[str, ...] = ()
         self._cores = cores
         self._owner = owner
         self._reload = reload
         self._stack = contextlib.ExitStack()
         self._selector = selectors.DefaultSelector()
         self._timers = Timers()
-        self._rules: dict[str, Rule] = {}
-        self._carried_out: deque[str] = deque(maxlen=CARRIED_OUT_MAX)
-        self._interfaces = interfaces.snapshot()
-        self._without_carrier: set[str] = set()
         self._egress_watch = EgressWatch()
-        self._retry_s, self._retry_at_s = TICK_S, 0.0
         self._stopping = False
         self._failed = False
         self._restarting = False
         self._control_socket = config.socket_path(options.socket, options.instance)
+        state = Path(options.state) if options.state else None
+        self._book = RuleBook(rules, state_file(state, self._control_socket))
         self._published = (-1, 0)  # revision, template
 
     # --- life -------------------------------------------------------------------------------------
@@ -199,21 +189,13 @@ class Supervisor:
 
     def _find_former(self, ring_bytes: int, fanout: Fanout) -> list[str]:
         """Take over what a killed supervisor left, running or written down; return lines about it."""
-        options = self._options
-        self._state = state_file(Path(options.state) if options.state else None, self._control_socket)
-        lines = self._state.prepare()
-        state, damage = self._state.load()
+        lines = self._book.load()
         self._orphans, orphaned = take_over(
-            self._control_socket, options.instance, self._cores, ring_bytes, int(fanout)
+            self._control_socket, self._options.instance, self._cores, ring_bytes, int(fanout)
         )
         if self._orphans is not None:
             self._stack.callback(self._orphans.abandon)
-        if state is not None:
-            self._rules = {rule.rule_id: rule for rule in state.rules}
-            self._configured_ids = state.configured
-            self._carried_out.extend(state.carried_out)
-            lines.append(f"{len(state.rules)} rules of {self._state.path} go on")
-        return [*lines, *damage, *orphaned]
+        return [*lines, *orphaned]
 
     def _open_sockets(self) -> None:
         """Open the control socket, what wakes the loop, and the rings, which fill from now on."""
@@ -225,17 +207,17 @@ class Supervisor:
         )
         self._keeper = Keeper(path)
         self._stack.callback(lambda: self._keeper.close(former_stays=self._orphans is not None))
-        self._monitor = self._stack.enter_context(contextlib.closing(interfaces.InterfaceMonitor()))
-        self._selector.register(self._monitor, selectors.EVENT_READ, self._on_interfaces)
+        self._watch = self._stack.enter_context(InterfaceWatch(self._log, self._selector, self._fleet))
         self._service = ServiceManager(self._timers, self._is_ready, self._status)
         self._stack.callback(self._service.close)
         self._wakeup = self._stack.enter_context(_signal_socket())
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_signals)
-        rules = tuple(self._rules.values())
-        self._log_warnings(self._fleet.begin(rules, self._interfaces, strict=not rules))
+        rules = tuple(self._book.rules.values())
+        self._log_warnings(self._fleet.begin(rules, self._watch.interfaces, strict=not rules))
         for refusal in self._fleet.finish():
             raise PreflightError(f"{refusal}: start without --exclusive")
         self._changes = Changes(self._fleet)
+        self._watch.follow(self._changes, self._book)
         self._sampler = Sampler(self._fleet)
         self._stalls = StallWatch(self._fleet, self._log)
         loop, options = (self._log, self._selector, self._timers), self._options
@@ -351,7 +333,7 @@ class Supervisor:
         self._link.stop()
         self._restarter.stop()
         if not self._options.state and not self._failed:
-            self._state.remove()
+            self._book.remove_file()
         self._report()
         self._log.info("Shutting down...")
 
@@ -381,56 +363,20 @@ class Supervisor:
         self._log.notice(f"Configuration read again: {len(rules)} rules")
         if options != self._options:
             self._log.warning("Options other than rules have changed: they take effect at the next start")
-        self._configured = tuple(rules)
-        self._link.tell(Configure(self._configured))
-
-    def _on_interfaces(self) -> None:
-        self._monitor.discard()
-        former, self._interfaces = self._interfaces, interfaces.snapshot()
-        anew = sorted(self._fleet.created_anew() & self._interfaces.keys())
-        if former == self._interfaces and not anew:
-            return
-        for line in interfaces.differences(former, self._interfaces, self._without_carrier):
-            self._log.notice(line)
-        for name in anew:
-            if name in former and former[name].index == self._interfaces[name].index:
-                self._log.notice(f"Interface {name} was created anew")
-        self._follow_interfaces()
-
-    def _follow_interfaces(self) -> None:
-        """Go over to what the rules need of the interfaces as they are now."""
-
-        def refuse(error: str) -> None:
-            self._log.error(f"Interfaces changed: {error}")
-
-        self._changes.add(
-            Change(
-                begin=lambda: self._fleet.begin(tuple(self._rules.values()), self._interfaces, strict=False),
-                end=self._log_warnings,
-                refuse=refuse,
-            )
-        )
+        self._book.configured = tuple(rules)
+        self._link.tell(Configure(self._book.configured))
 
     def _tick(self) -> None:
         """Once a second: what the kernel dropped, and a sample for the rates."""
         self._timers.after(TICK_S, self._tick)
         for (core, interface), drops in self._fleet.count_ring_drops().items():
             self._log.warning(
-                f"Ring of {interface} full: {drops} datagrams lost on core {core}", core=core, iface=interface
+                f"Ring of {interface} full: {drops} frames lost on core {core}", core=core, iface=interface
             )
         for line in self._egress_watch.look(self._fleet.generation, self._fleet.egress_keys()):
             self._log.warning(line)
-        self._retry_what_was_refused()
+        self._watch.retry()
         self._sampler.tick()
-
-    def _retry_what_was_refused(self) -> None:
-        """Sockets, rings and joins: what stood in the way may be gone, and not every such thing is announced."""
-        if not self._fleet.is_incomplete:
-            self._retry_s, self._retry_at_s = TICK_S, 0.0
-        elif time.monotonic() >= self._retry_at_s and not self._changes.is_full:
-            self._retry_at_s = time.monotonic() + self._retry_s
-            self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
-            self._follow_interfaces()
 
     def _watch_stalls(self) -> None:
         self._stalls.look()
@@ -458,10 +404,7 @@ class Supervisor:
     # --- what the control plane asks --------------------------------------------------------------
 
     def _greeting(self) -> Iterator[msgspec.Struct]:
-        """What a new control plane is told first: the active rules, then the configuration's."""
-        carried_out = tuple(self._carried_out)
-        yield Restore(tuple(self._rules.values()), self._configured_ids, self._options.interfaces, carried_out)
-        yield Configure(self._configured)
+        return self._book.greeting(self._options.interfaces)
 
     def _obey(self, request: object) -> None:
         """Carry out a request of the control plane."""
@@ -520,27 +463,21 @@ class Supervisor:
         def begin() -> list[str]:
             if epoch != self._link.epoch:
                 raise RelayError("the control plane that asked has ended")  # the next was told rules without these
-            former.update(self._rules)
-            gone = frozenset(request.remove)
-            wanted = {rule_id: rule for rule_id, rule in self._rules.items() if rule_id not in gone}
-            for rule in request.add:
-                wanted[rule.rule_id] = validate(rule)
-            check_cycles(request.add, wanted, self._options.interfaces)
-            warnings = self._fleet.begin(tuple(wanted.values()), self._interfaces, strict=True)
+            former.update(self._book.rules)
+            wanted = self._book.after(request, self._options.interfaces)
+            warnings = self._fleet.begin(tuple(wanted.values()), self._watch.interfaces, strict=True)
             if self._options.stream_health == "off":
                 warnings += [
                     f"rule {r.rule_id}: no stall is seen with --stream-health off" for r in request.add if r.stall_ms
                 ]
-            self._rules = wanted
-            self._remember_configured(request)
-            if request.change_id is not None:
-                self._carried_out.append(request.change_id)
+            self._book.adopt(wanted, request)
             return warnings + self._fleet.waiting({rule.rule_id for rule in request.add})
 
         def end(warnings: list[str]) -> None:
-            self._log_rules(former)
+            for line, about in self._book.differences(former):
+                self._log.notice(line, **about)
             try:
-                self._state.save(self._document())
+                self._book.save()
             except RelayError as error:
                 warnings.append(str(error))
             self._log_warnings(warnings)
@@ -553,35 +490,6 @@ class Supervisor:
             refuse("too many changes wait for their turn: try again")
             return
         self._changes.add(Change(begin, end, refuse))
-
-    def _remember_configured(self, request: ApplyRules) -> None:
-        """What a new control plane is told to install is what has been made of the configuration since it was read."""
-        if request.configured is not None:
-            self._configured_ids = request.configured
-            self._configured = tuple(self._rules[rule_id] for rule_id in request.configured if rule_id in self._rules)
-            return
-        touched = {*request.remove, *(rule.rule_id for rule in request.add)}
-        self._configured = tuple(
-            self._rules.get(rule.rule_id, rule) if rule.rule_id in touched else rule
-            for rule in self._configured
-            if rule.rule_id not in touched or rule.rule_id in self._rules
-        )
-
-    def _document(self) -> State:
-        recent = tuple(self._carried_out)[-CARRIED_OUT_KEPT:]
-        return State(STATE_VERSION, tuple(self._rules.values()), self._configured_ids, recent)
-
-    def _log_rules(self, former: dict[str, Rule]) -> None:
-        """A line for each rule that changed; beyond RULES_LOGGED_MAX, a line that counts the rest."""
-        lines = [(rule_id, f"Rule {rule_id} removed") for rule_id in former if rule_id not in self._rules]
-        for rule_id, rule in self._rules.items():
-            before = former.get(rule_id)
-            if before != rule:
-                lines.append((rule_id, f"Rule {rule_id} {'replaced' if before else 'added'}: {describe(rule)}"))
-        for rule_id, line in lines[:RULES_LOGGED_MAX]:
-            self._log.notice(line, rule=rule_id)
-        if len(lines) > RULES_LOGGED_MAX:
-            self._log.notice(f"{len(lines) - RULES_LOGGED_MAX} more rules added, replaced or removed")
 
 
 @contextlib.contextmanager
