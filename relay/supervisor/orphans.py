@@ -22,7 +22,7 @@ import posix_ipc
 
 from logging_shm.segment import process_start_ticks
 from relay.dataplane import layout
-from relay.dataplane.counters import StatsSegment
+from relay.dataplane.counters import StatsHeader, StatsSegment
 from relay.descriptors import Channel, ChannelClosedError
 from relay.errors import PreflightError, RelayError
 from relay.messages import Exited, FromOrphans, Keep, KeptAll, Leave
@@ -147,7 +147,7 @@ class Predecessor:
     core: int
     pid: int
     pidfd: int
-    stats: StatsSegment
+    stats: StatsHeader
 
     def fileno(self) -> int:
         """The descriptor to poll: readable when the process has ended. man 2 pidfd_open."""
@@ -174,15 +174,15 @@ class Kept:
 
     cores: Collection[int] = ()
     sockets: dict[str, socket.socket] = field(default_factory=dict)
-    stats: dict[int, StatsSegment] = field(default_factory=dict)
+    stats: dict[int, StatsHeader] = field(default_factory=dict)
 
     def add(self, name: str, descriptor: int) -> None:
         """Take a descriptor in, or close it when it is neither. Raises OSError."""
         status, core = os.fstat(descriptor), {stats_name(core): core for core in self.cores}.get(name)
         if core is None and stat.S_ISSOCK(status.st_mode):
             self.sockets[name] = socket.socket(fileno=descriptor)
-        elif core is not None and stat.S_ISREG(status.st_mode) and status.st_size == layout.STATS_BYTES:
-            self.stats[core] = StatsSegment(name, descriptor, owner=False)
+        elif core is not None and stat.S_ISREG(status.st_mode) and status.st_size >= StatsHeader.mapped_bytes:
+            self.stats[core] = StatsHeader(name, descriptor, owner=False)
         else:
             os.close(descriptor)
 
@@ -445,7 +445,7 @@ def predecessors(inventory: Inventory, instance: str | None, kept: Kept) -> dict
             continue
         try:
             # The name may be that of a later worker, whose supervisor was killed while it took over.
-            stats = kept.stats.get(worker.core) or StatsSegment.attach(worker.core, instance)
+            stats = kept.stats.get(worker.core) or StatsHeader.attach(worker.core, instance)
         except (posix_ipc.Error, OSError, ValueError):
             kin.kill(pidfd)  # nobody can talk to it
             os.close(pidfd)
