@@ -8,7 +8,7 @@ from tests.system.conftest import StartRelay
 from tests.system.harness import assert_perfect, receiving, send
 from tools.netns import Host
 
-DATAGRAMS = 250_000
+DATAGRAMS = 100_000
 
 
 @pytest.mark.parametrize("workers", [1, 2])

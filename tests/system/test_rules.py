@@ -26,6 +26,15 @@ def relay(line: Line, start_relay: StartRelay) -> Relay:
     return start_relay(line.hosts[1], ("left",), 1, "--ring-mib", "64")
 
 
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    """A relay for requests that change nothing."""
+    with Line("gen", "relay", "sink") as line:
+        relay = Relay(line.hosts[1], tmp_path_factory.mktemp("refusing"), ("left",))
+        yield relay
+        relay.kill()
+
+
 @contextmanager
 def sender(host: Host, ttl: int = 1) -> Iterator[socket.socket]:
     """A socket that sends multicast from gen's interface."""
@@ -155,11 +164,11 @@ def test_a_rule_with_a_source_takes_no_other(line: Line, relay: Relay) -> None:
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001:right:300"], "ttl '300'"),
     ],
 )
-def test_wrong_rules_are_refused_with_the_reason(relay: Relay, arguments: list[str], message: str) -> None:
-    result = relay.control("add-rule", "--input-port", "5001", *arguments)
+def test_wrong_rules_are_refused_with_the_reason(refusing: Relay, arguments: list[str], message: str) -> None:
+    result = refusing.control("add-rule", "--input-port", "5001", *arguments)
     assert result.returncode == 1
     assert message in result.stderr
-    assert relay.ask("list-rules") == []
+    assert refusing.ask("list-rules") == []
 
 
 def test_a_cycle_through_several_rules_is_refused(relay: Relay) -> None:

@@ -11,13 +11,12 @@ from tests.system.conftest import StartRelay
 from tests.system.harness import assert_perfect, receiving, send
 from tools.netns import Line
 
-DATAGRAMS = 100_000
+DATAGRAMS = 60_000
 RATE = "50000"
 ROOMY = ("--ring-mib", "64")  # this machine's other load must not decide the test
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("streams", [1, 50, 200])
+@pytest.mark.parametrize(("streams", "workers"), [(1, 1), (50, 2), (200, 1), (200, 2)])
 def test_streams_arrive_whole_and_in_order(
     line: Line, start_relay: StartRelay, tmp_path: Path, streams: int, workers: int
 ) -> None:
@@ -52,12 +51,9 @@ def test_one_input_leaves_through_fifty_outputs(
     relay.assert_accounted()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_three_inputs_leave_through_one_output(
-    line: Line, start_relay: StartRelay, tmp_path: Path, workers: int
-) -> None:
+def test_three_inputs_leave_through_one_output(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), workers, *ROOMY)
+    relay = start_relay(host, ("left",), 2, *ROOMY)
     relay.add_many(tmp_path, [(f"r{i}", f"239.1.1.{i}:5001", "239.2.2.2:6001:right") for i in (1, 2, 3)])
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         flows = ("--flows", "3", "--flow-by", "group")
@@ -68,11 +64,10 @@ def test_three_inputs_leave_through_one_output(
     relay.assert_accounted()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_chain_of_three_relays_loses_nothing(start_relay: StartRelay, tmp_path: Path, workers: int) -> None:
+def test_a_chain_of_three_relays_loses_nothing(start_relay: StartRelay, tmp_path: Path) -> None:
     with Line("gen", "r1", "r2", "r3", "sink") as line:
         gen, *hosts, sink = line.hosts
-        relays = [start_relay(host, ("left",), workers, *ROOMY) for host in hosts]
+        relays = [start_relay(host, ("left",), workers, *ROOMY) for host, workers in zip(hosts, (1, 2, 1), strict=True)]
         for i, relay in enumerate(relays, 1):
             relay.add("hop", f"239.{i}.1.1:5001", f"239.{i + 1}.1.1:5001:right")
         at_end = ("--group", "239.4.1.1", "--port", "5001")
@@ -84,10 +79,9 @@ def test_a_chain_of_three_relays_loses_nothing(start_relay: StartRelay, tmp_path
             relay.assert_accounted()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_datagrams_of_all_sizes_arrive_whole(line: Line, start_relay: StartRelay, tmp_path: Path, workers: int) -> None:
+def test_datagrams_of_all_sizes_arrive_whole(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), workers, *ROOMY)
+    relay = start_relay(host, ("left",), 1, *ROOMY)
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "2000", "--count", "5000", "--size", "0-65507")
@@ -96,12 +90,9 @@ def test_datagrams_of_all_sizes_arrive_whole(line: Line, start_relay: StartRelay
     relay.assert_accounted()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_small_datagrams_sent_singly_arrive_whole(
-    line: Line, start_relay: StartRelay, tmp_path: Path, workers: int
-) -> None:
+def test_small_datagrams_sent_singly_arrive_whole(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), workers, *ROOMY)
+    relay = start_relay(host, ("left",), 2, *ROOMY)
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         sizes = ("--size", "32-1472", "--no-gso", "--flows", "7")
