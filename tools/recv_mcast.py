@@ -4,7 +4,8 @@
     python tools/recv_mcast.py --group 239.2.2.2 --port 6001 --interface lo --duration 12
 
 Tells lost, duplicated, reordered and altered datagrams by flow, and latency from the kernel's receive time.
-Ctrl-C ends it at once, SIGTERM when nothing has come for 0.6 s. Exit status 1 when anything is wrong.
+Ctrl-C ends it at once, SIGTERM when nothing has come for two seconds. With --told, so does a number on standard input,
+or as soon as so many datagrams have come. Exit status 1 when anything is wrong.
 """
 
 import sys
@@ -17,12 +18,13 @@ environment.enter()
 
 import contextlib
 import json
+import select
 import signal
 import socket
 import struct
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import click
 import numpy as np
@@ -49,7 +51,8 @@ RECORD_BYTES_MAX = 512 << 20
 MCAST_JOIN_SOURCE_GROUP = 46
 PERCENTILES = (50, 90, 99, 99.9)
 FOREVER = 1 << 62
-DRAIN_IDLE_S = 0.6
+DRAIN_IDLE_S = 2.0
+TOLD_IDLE_S = 10.0
 DRAIN_S_MAX = 30.0  # from a sender that goes on
 FLOWS_SHOWN = 20
 
@@ -64,10 +67,19 @@ class Ending:
     interrupted: bool = False
     drained_since_s: float | None = None
 
-    def drain(self) -> None:
+    def look(self, told: IO[str] | None) -> None:
+        """Read how many datagrams are to come, if that was told."""
+        if told is not None and select.select([told], [], [], 0)[0]:
+            line = told.readline()
+            self.count = int(line) if line.strip() else FOREVER
+            self.drain(TOLD_IDLE_S)
+
+    def drain(self, idle_s: float) -> None:
         """End when nothing more comes: what is on its way still counts."""
+        if self.drained_since_s is not None:
+            return
         self.drained_since_s = time.monotonic()
-        self.idle_s = DRAIN_IDLE_S
+        self.idle_s = idle_s
         self.deadline_s = min(self.deadline_s, self.drained_since_s + DRAIN_S_MAX)
 
     def is_idle(self, last_s: float | None, present_s: float) -> bool:
@@ -182,12 +194,13 @@ def show(summary: dict[str, Any]) -> None:
     console.print("[green]ok[/green]" if summary["ok"] else "[red]not ok[/red]")
 
 
-def run(receiver: Receiver, ending: Ending, quiet: bool) -> float:
+def run(receiver: Receiver, ending: Ending, told: IO[str] | None, quiet: bool) -> float:
     """Receive until one of the endings; return the seconds from the first datagram to the last."""
     first_s = last_s = shown_s = time.monotonic()
     shown = 0
     while not ending.interrupted:
         present_s = time.monotonic()
+        ending.look(told)
         total = int(receiver.totals[0]["datagrams"])
         if total >= ending.count or present_s >= ending.deadline_s:
             break
@@ -222,6 +235,7 @@ def run(receiver: Receiver, ending: Ending, quiet: bool) -> float:
 @click.option("--idle-timeout", type=click.FloatRange(0, min_open=True), help="Stop after so many silent seconds.")
 @click.option("--expect", type=click.IntRange(0), help="It is wrong when it is not so many datagrams.")
 @click.option("--record", "record_path", type=click.Path(path_type=Path), help="Write payloads to this file.")
+@click.option("--told", is_flag=True, help="A line on standard input tells how many datagrams were sent, and ends it.")
 @click.option("--ready", is_flag=True, help="Print `ready` when joined.")
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -237,6 +251,7 @@ def main(
     idle_timeout: float | None,
     expect: int | None,
     record_path: Path | None,
+    told: bool,
     ready: bool,
     quiet: bool,
     as_json: bool,
@@ -256,11 +271,11 @@ def main(
         ending.interrupted = True
 
     signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, lambda *_: ending.drain())
+    signal.signal(signal.SIGTERM, lambda *_: ending.drain(DRAIN_IDLE_S))
     if ready:
         click.echo("ready")
         sys.stdout.flush()
-    elapsed_s = run(receiver, ending, quiet)
+    elapsed_s = run(receiver, ending, sys.stdin if told else None, quiet)
     with contextlib.ExitStack() as stack:
         for sock in sockets:
             stack.enter_context(sock)

@@ -46,7 +46,8 @@ class InterfaceWatch(contextlib.AbstractContextManager["InterfaceWatch"]):
         for name in anew:
             if name in former and former[name].index == self.interfaces[name].index:
                 self._log.notice(f"Interface {name} was created anew")
-        self._go_over()
+        if anew or interfaces.without_carriers(former) != interfaces.without_carriers(self.interfaces):
+            self._go_over()
 
     def _go_over(self) -> None:
         """Go over to what the rules need of the interfaces as they are now."""

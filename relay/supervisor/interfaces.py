@@ -53,6 +53,11 @@ def snapshot() -> dict[str, Interface]:
     return interfaces
 
 
+def without_carriers(present: Mapping[str, Interface]) -> list[Interface]:
+    """What rules depend on: a carrier that comes or goes changes nothing of what is open or joined."""
+    return [msgspec.structs.replace(interface, has_carrier=False) for interface in present.values()]
+
+
 def differences(
     former: Mapping[str, Interface], present: Mapping[str, Interface], without_carrier: set[str]
 ) -> Iterator[str]:

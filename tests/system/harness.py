@@ -201,7 +201,7 @@ class Tool:
         self._out = folder / f"{script}-{len(list(folder.iterdir()))}"
         command = [PYTHON, f"tools/{script}.py", "--ready", "--quiet", "--json", *options]
         with self._out.open("w") as out:
-            self.process = host.popen(command, stdout=out, cwd=CHECKOUT)
+            self.process = host.popen(command, stdin=subprocess.PIPE, stdout=out, cwd=CHECKOUT)
         wait_until(lambda: "ready" in self._out.read_text() or self.process.poll() is not None, f"{script} is ready")
 
     def summary(self) -> Any:
@@ -214,9 +214,14 @@ class Tool:
         self.process.send_signal(signal.SIGINT)
         return self.summary()
 
-    def drain(self) -> Any:
-        """End a receiver when nothing comes any more; return its summary."""
-        self.process.terminate()
+    def drain(self, sent: int | None = None) -> Any:
+        """End a receiver when so many datagrams have come, or nothing comes any more; return its summary."""
+        if sent is None:
+            self.process.terminate()
+        else:
+            assert self.process.stdin is not None
+            self.process.stdin.write(f"{sent}\n")
+            self.process.stdin.flush()
         return self.summary()
 
     def end(self) -> None:
@@ -224,12 +229,14 @@ class Tool:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
 
 @contextlib.contextmanager
 def receiver(host: Host, folder: Path, *options: str) -> Iterator[Tool]:
     """A recv_mcast.py that has joined, and has ended after the block."""
-    tool = Tool(host, "recv_mcast", folder, *options)
+    tool = Tool(host, "recv_mcast", folder, "--told", *options)
     try:
         assert tool.process.poll() is None
         yield tool
@@ -248,10 +255,14 @@ def sender(host: Host, folder: Path, *options: str) -> Iterator[Tool]:
 
 
 @contextlib.contextmanager
-def receiving(host: Host, folder: Path, *options: str) -> Iterator[Callable[[], Any]]:
-    """Run recv_mcast.py; in the block it has joined. Gives a function for its summary, when all has been sent."""
+def receiving(host: Host, folder: Path, *options: str) -> Iterator[Callable[..., Any]]:
+    """Run recv_mcast.py; in the block it has joined.
+
+    Gives a function for its summary, when all has been sent. It takes the number of datagrams that are to come, for
+    which it waits: without, it waits until nothing comes any more.
+    """
     with receiver(host, folder, *options) as tool:
-        yield tool.summary if "--count" in options else tool.drain
+        yield tool.drain
 
 
 @contextlib.contextmanager
@@ -265,7 +276,7 @@ def relayed_whole(line: Line, folder: Path, *options: str) -> Iterator[None]:
     with receiver(sink, folder, "--interface", "left") as received, sender(gen, folder, *to) as sent:
         yield
         count = sent.interrupt()["datagrams"]
-        assert_perfect(received.drain(), count)
+        assert_perfect(received.drain(count), count)
 
 
 def relay_some(line: Line, folder: Path, count: int, *options: str) -> None:
@@ -273,7 +284,7 @@ def relay_some(line: Line, folder: Path, count: int, *options: str) -> None:
     gen, _, sink = line.hosts
     with receiver(sink, folder, "--interface", "left") as received:
         send(gen, "--interface", "right", "--rate", str(PPS), "--count", str(count), *options)
-        assert_perfect(received.drain(), count)
+        assert_perfect(received.drain(count), count)
 
 
 def send(host: Host, *options: str) -> Any:

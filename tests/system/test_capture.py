@@ -114,7 +114,7 @@ def test_both_sides_are_captured_whole_and_the_relay_loses_nothing(
             send(gen, "--interface", "right", *other)
             send(gen, "--interface", "right", "--rate", RATE, "--count", str(COUNT))
             said = capture.wait()
-        assert_perfect(summary(), COUNT)
+        assert_perfect(summary(COUNT), COUNT)
     assert f"{3 * COUNT} packets captured. left: {COUNT} packets, 0 frames lost by the kernel; right: " in said
     packets = dissect(capture.file, "frame.time_epoch", *FIELDS, *SUMS)
     assert Counter(packet[1:] for packet in packets) == expected(BOTH)

@@ -135,7 +135,7 @@ def unharmed_traffic(line: Line, folder: Path) -> Iterator[None]:
             yield
         finally:
             sending.join()
-        assert_perfect(summary(), DATAGRAMS)
+        assert_perfect(summary(DATAGRAMS), DATAGRAMS)
 
 
 def with_descriptor(payload: bytes) -> Send:

@@ -172,7 +172,7 @@ def test_ten_thousand_rules_of_six_lines_are_applied_and_match(line: Line, relay
     to = ("--group", "239.2.0.99", "--port", "6099", "--interface", "left")
     with receiver(sink, tmp_path, *to) as received:
         send(gen, "--interface", "right", "--group", "239.1.0.99", "--port", "5099", "--rate", "2000", "--count", "500")
-        assert_perfect(received.drain(), 500)
+        assert_perfect(received.drain(500), 500)
 
 
 def converge_at_random(relay: Relay) -> None:

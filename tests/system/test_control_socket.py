@@ -376,7 +376,7 @@ def test_a_killed_control_plane_is_back_within_a_second_and_traffic_never_notice
         print(f"--- back after {', '.join(f'{1000 * s:.0f}' for s in took_s)} ms")
         assert [rule["rule_id"] for rule in old.ask(api.ListRules()).result] == ["r1"]
         sending.join()
-        assert_perfect(summary(), count)
+        assert_perfect(summary(count), count)
     assert sorted(took_s)[1] < BACK_S_MAX
     relay.assert_accounted()
     relay.stop()

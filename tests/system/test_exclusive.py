@@ -96,7 +96,7 @@ def test_an_interface_that_comes_back_is_exclusive_again(line: Line, relay: Rela
     wait_until(lambda: not hears(line, 5001), "exclusive again")
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "20000", "--count", "20000")
-        assert_perfect(summary(), 20_000)
+        assert_perfect(summary(20_000), 20_000)
 
 
 def test_a_start_is_refused_where_a_foreign_table_has_the_name(line: Line, start_relay: StartRelay) -> None:

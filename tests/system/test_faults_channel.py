@@ -113,7 +113,7 @@ def test_a_worker_is_handed_sixteen_thousand_sockets_whole(line: Line, start_rel
     wait_until(lambda: relay.ask("list-workers")[0]["pid"] not in (0, worker["pid"]), "the next worker")
     with receiving(line.hosts[2], tmp_path, "--interface", "left") as summary:
         send(line.hosts[0], "--interface", "right", "--rate", "20000", "--count", "20000")
-        assert_perfect(summary(), 20_000)
+        assert_perfect(summary(20_000), 20_000)
     send_one_to_each(line.hosts[0], [rule for rule in _rules(relay) if rule.rule_id.startswith("many")])
     expected = [(1, [1] * OUTPUTS_A_RULE)] * (OUTPUTS // OUTPUTS_A_RULE)
     wait_until(

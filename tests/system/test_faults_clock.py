@@ -89,7 +89,7 @@ def test_steps_of_the_clock_change_no_interval_rate_or_order(
                 hours.append(hours_off(STEP.findall(relay.text())[-1][0]))
         finally:
             sending.join()
-        assert_perfect(summary(), COUNT)
+        assert_perfect(summary(COUNT), COUNT)
     lived_s = time.monotonic() - began_s
     assert reports(relay) <= lived_s + 2  # no burst to make up for an hour
     assert hours == [1, -1, 0]  # so it was stepped

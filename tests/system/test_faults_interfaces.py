@@ -79,7 +79,7 @@ def steady_traffic(line: Line, folder: Path) -> Iterator[None]:
     ):
         yield
         count = sending.interrupt()["datagrams"]
-        assert_perfect(received.drain(), count)
+        assert_perfect(received.drain(count), count)
 
 
 @contextmanager

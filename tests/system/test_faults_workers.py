@@ -200,7 +200,7 @@ def test_a_hanging_worker_is_replaced_and_nothing_is_lost(
             outage_s = watch.outage_s(pid, hung_s)
             asking.join()
         print(f"relays again after {outage_s * 1e3:.0f} ms")
-        assert_perfect(summary(), count)
+        assert_perfect(summary(count), count)
     assert outage_s < REPLACED_S_MAX
     relay.wait_for_log(f"[Error] [Supervisor] The worker of core {watch.core} hangs, killed")
     relay.wait_for_log(f"pid {pid}, signal SIGKILL")

@@ -77,7 +77,7 @@ def test_a_worker_that_dies_without_a_supervisor_is_followed_where_it_stopped(
         send(gen, "--interface", "right", "--rate", "20000", "--count", str(5 * FEW), *FLOWS)
         os.kill(victim, signal.SIGKILL)
         relay.start_again()
-        assert_perfect(received.drain(), 5 * FEW)
+        assert_perfect(received.drain(5 * FEW), 5 * FEW)
     relay.stop()
 
 

@@ -48,7 +48,7 @@ def test_an_installed_wheel_relays(tmp_path: Path) -> None:
             relay.add("tour", "239.1.1.1:5001", "239.2.2.2:6001:lo")
             with receiving(host, tmp_path, "--idle-timeout", "2") as summary:
                 send(host, "--rate", "20000", "--count", str(DATAGRAMS))
-                assert_perfect(summary(), DATAGRAMS)
+                assert_perfect(summary(DATAGRAMS), DATAGRAMS)
             relay.stop()
         finally:
             relay.kill()

@@ -78,7 +78,7 @@ def test_traffic_in_the_rings_is_finished_at_the_end(line: Line, start_relay: St
         relay.process.send_signal(signal.SIGINT)
         with contextlib.suppress(ProcessLookupError):  # killed as hanging, where all that took too long
             os.kill(worker["pid"], signal.SIGCONT)
-        assert_perfect(summary(), 5000)
+        assert_perfect(summary(5000), 5000)
     assert relay.process.wait(10) == 0
 
 
@@ -104,7 +104,7 @@ def test_a_killed_worker_is_replaced_and_nothing_waiting_is_lost(
         send(gen, "--interface", "right", "--rate", "20000", "--count", "3000")
         with contextlib.suppress(ProcessLookupError):  # killed as hanging, where all that took too long
             os.kill(worker["pid"], signal.SIGKILL)
-        assert_perfect(summary(), 3000)
+        assert_perfect(summary(3000), 3000)
     relay.wait_for_log(
         f"[Critical] [Supervisor] Worker process exited unexpectedly: core {worker['core']}, "
         f"pid {worker['pid']}, signal SIGKILL"

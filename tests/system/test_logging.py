@@ -32,7 +32,7 @@ def assert_relays(line: Line, folder: Path, count: int = DATAGRAMS) -> None:
     """Everything that is sent arrives."""
     with receiving(line.hosts[2], folder, "--interface", "left") as summary:
         send(line.hosts[0], *SINGLY, "--rate", "20000", "--count", str(count))
-        assert_perfect(summary(), count)
+        assert_perfect(summary(count), count)
 
 
 def traced(text: str) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def limits_of(pid: int) -> str:
 def assert_relays(line: Line, folder: Path, count: int = 2000) -> None:
     with receiving(line.hosts[2], folder, "--interface", "left") as summary:
         send(line.hosts[0], "--interface", "right", "--rate", "20000", "--count", str(count))
-        assert_perfect(summary(), count)
+        assert_perfect(summary(count), count)
 
 
 def is_replaced(relay: Relay, pid: int) -> bool:

@@ -27,7 +27,7 @@ def test_streams_arrive_whole_and_in_order(
     to, received_at = ("--group", "239.1.1.1", "--port", "5001"), ("--group", "239.2.2.1", "--port", "6001")
     with receiving(sink, tmp_path, "--interface", "left", *flows, *received_at) as summary:
         send(gen, "--interface", "right", "--rate", RATE, "--count", str(DATAGRAMS), *flows, *to)
-        result = summary()
+        result = summary(DATAGRAMS)
     assert_perfect(result, DATAGRAMS)
     assert result["flows"] == streams
     stats = relay.assert_accounted()
@@ -45,7 +45,7 @@ def test_one_input_leaves_through_fifty_outputs(
     copies = ("--flows", "50", "--flow-by", "group", "--group", "239.2.2.1", "--port", "6001")
     with receiving(sink, tmp_path, "--interface", "left", *copies) as summary:
         send(gen, "--interface", "right", "--rate", "2000", "--count", "10000", "--flows", "4")
-        result = summary()
+        result = summary(50 * 10_000)
     assert_perfect(result, 50 * 10_000)
     assert result["flows"] == 50 * 4
     relay.assert_accounted()
@@ -58,7 +58,7 @@ def test_three_inputs_leave_through_one_output(line: Line, start_relay: StartRel
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         flows = ("--flows", "3", "--flow-by", "group")
         send(gen, "--interface", "right", "--rate", RATE, "--count", str(DATAGRAMS), *flows)
-        result = summary()
+        result = summary(DATAGRAMS)
     assert_perfect(result, DATAGRAMS)
     assert result["flows"] == 3
     relay.assert_accounted()
@@ -73,7 +73,7 @@ def test_a_chain_of_three_relays_loses_nothing(start_relay: StartRelay, tmp_path
         at_end = ("--group", "239.4.1.1", "--port", "5001")
         with receiving(sink, tmp_path, "--interface", "left", *at_end) as summary:
             send(gen, "--interface", "right", "--rate", "20000", "--count", str(DATAGRAMS), "--flows", "2")
-            result = summary()
+            result = summary(DATAGRAMS)
         assert_perfect(result, DATAGRAMS)
         for relay in relays:
             relay.assert_accounted()
@@ -85,7 +85,7 @@ def test_datagrams_of_all_sizes_arrive_whole(line: Line, start_relay: StartRelay
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "2000", "--count", "5000", "--size", "0-65507")
-        result = summary()
+        result = summary(5000)
     assert_perfect(result, 5000)
     relay.assert_accounted()
 
@@ -97,7 +97,7 @@ def test_small_datagrams_sent_singly_arrive_whole(line: Line, start_relay: Start
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         sizes = ("--size", "32-1472", "--no-gso", "--flows", "7")
         send(gen, "--interface", "right", "--rate", RATE, "--count", str(DATAGRAMS), *sizes)
-        result = summary()
+        result = summary(DATAGRAMS)
     assert_perfect(result, DATAGRAMS)
     relay.assert_accounted()
 
@@ -117,7 +117,8 @@ def test_every_way_of_waiting_and_sharing_loses_nothing(
     line: Line, start_relay: StartRelay, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), 2, *ROOMY, *options)
+    workers = 1 if "spin" in options else 2  # two that spin leave no core to anybody else here
+    relay = start_relay(host, ("left",), workers, *ROOMY, *options)
     relay.add("r1", "239.1.1.1:5001", "239.2.2.2:6001:right")
     with receiving(sink, tmp_path, "--interface", "left") as summary:
         send(gen, "--interface", "right", "--rate", "10000", "--count", "20000", "--flows", "4")
