@@ -35,8 +35,13 @@ def sections_of(segment: Any) -> dict[str, Any]:
     return {name: segment[at : at + dtype.itemsize * count].view(dtype) for name, (at, dtype, count) in places.items()}
 
 
-class StatsSegment:
-    """A mapped stats segment. A context manager; the creator also unlinks it."""
+class StatsHeader:
+    """The header of a mapped stats segment, which versions share. What is behind it differs, and is not mapped.
+
+    A context manager; the creator also unlinks the segment.
+    """
+
+    mapped_bytes = layout.STATS_HEADER.itemsize
 
     def __init__(self, name: str, fd: int, owner: bool, read_only: bool = False) -> None:
         self.name = name
@@ -44,37 +49,12 @@ class StatsSegment:
         self._fd = fd
         try:
             protection = mmap.PROT_READ if read_only else mmap.PROT_READ | mmap.PROT_WRITE
-            self._map = mmap.mmap(fd, layout.STATS_BYTES, prot=protection)
+            self._map = mmap.mmap(fd, self.mapped_bytes, prot=protection)
         except BaseException:
             os.close(fd)
             raise
         self.bytes: Any = np.frombuffer(self._map, np.uint8)
-        sections = sections_of(self.bytes)
-        self.header: Any = sections["stats"][0]
-        self.rules: Any = sections["rule_stats"]
-        self.outputs: Any = sections["output_stats"]
-        self.health: Any = sections["health"][0]
-        self.streams: Any = sections["streams"]
-        self.pids: Any = sections["pids"].reshape(layout.STREAMS_MAX, layout.PIDS_MAX)
-
-    @classmethod
-    def create(cls, core: int, instance: str | None, uid: int, gid: int) -> Self:
-        """Create, allocate and hand over to the worker's user.
-
-        Raises OSError when /dev/shm has no room, posix_ipc.ExistentialError when the name is taken.
-        """
-        name = segment_name(core, instance)
-        shm = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
-        try:
-            os.posix_fallocate(shm.fd, 0, layout.STATS_BYTES)
-            hand_over(shm.fd, uid, gid)
-        except OSError:
-            posix_ipc.unlink_shared_memory(f"/{name}")
-            raise
-        segment = cls(name, shm.fd, owner=True)
-        segment.header["magic"] = layout.STATS_MAGIC
-        segment.header["core"] = core
-        return segment
+        self.header: Any = self.bytes[: layout.STATS_HEADER.itemsize].view(layout.STATS_HEADER)[0]
 
     @classmethod
     def attach(cls, core: int, instance: str | None, read_only: bool = False) -> Self:
@@ -115,3 +95,37 @@ class StatsSegment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class StatsSegment(StatsHeader):
+    """A mapped stats segment with all its parts, of this version's layout."""
+
+    mapped_bytes = layout.STATS_BYTES
+
+    def __init__(self, name: str, fd: int, owner: bool, read_only: bool = False) -> None:
+        super().__init__(name, fd, owner, read_only)
+        sections = sections_of(self.bytes)
+        self.rules: Any = sections["rule_stats"]
+        self.outputs: Any = sections["output_stats"]
+        self.health: Any = sections["health"][0]
+        self.streams: Any = sections["streams"]
+        self.pids: Any = sections["pids"].reshape(layout.STREAMS_MAX, layout.PIDS_MAX)
+
+    @classmethod
+    def create(cls, core: int, instance: str | None, uid: int, gid: int) -> Self:
+        """Create, allocate and hand over to the worker's user.
+
+        Raises OSError when /dev/shm has no room, posix_ipc.ExistentialError when the name is taken.
+        """
+        name = segment_name(core, instance)
+        shm = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+        try:
+            os.posix_fallocate(shm.fd, 0, layout.STATS_BYTES)
+            hand_over(shm.fd, uid, gid)
+        except OSError:
+            posix_ipc.unlink_shared_memory(f"/{name}")
+            raise
+        segment = cls(name, shm.fd, owner=True)
+        segment.header["magic"] = layout.STATS_MAGIC
+        segment.header["core"] = core
+        return segment

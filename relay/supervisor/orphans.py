@@ -23,7 +23,7 @@ import posix_ipc
 from logging_shm.segment import process_start_ticks
 from relay.dataplane import layout
 from relay.dataplane.copies import Copies
-from relay.dataplane.counters import StatsSegment
+from relay.dataplane.counters import StatsHeader, StatsSegment
 from relay.descriptors import Channel, ChannelClosedError
 from relay.errors import PreflightError, RelayError
 from relay.messages import Exited, FromOrphans, Keep, KeptAll, Leave
@@ -153,7 +153,7 @@ class Predecessor:
     core: int
     pid: int
     pidfd: int
-    stats: StatsSegment
+    stats: StatsHeader
 
     def fileno(self) -> int:
         """The descriptor to poll: readable when the process has ended. man 2 pidfd_open."""
@@ -180,7 +180,7 @@ class Kept:
 
     cores: Collection[int] = ()
     sockets: dict[str, socket.socket] = field(default_factory=dict)
-    stats: dict[int, StatsSegment] = field(default_factory=dict)
+    stats: dict[int, StatsHeader] = field(default_factory=dict)
     copies: dict[int, Copies] = field(default_factory=dict)
 
     def add(self, name: str, descriptor: int) -> None:
@@ -188,8 +188,8 @@ class Kept:
         status = os.fstat(descriptor)
         of_stats = {stats_name(core): core for core in self.cores}.get(name)
         of_copies = {copies_name(core): core for core in self.cores}.get(name)
-        if of_stats is not None and stat.S_ISREG(status.st_mode) and status.st_size == layout.STATS_BYTES:
-            self.stats[of_stats] = StatsSegment(name, descriptor, owner=False)
+        if of_stats is not None and stat.S_ISREG(status.st_mode) and status.st_size >= StatsHeader.mapped_bytes:
+            self.stats[of_stats] = StatsHeader(name, descriptor, owner=False)
         elif of_copies is not None and Copies.is_one(descriptor):
             self.copies[of_copies] = Copies(descriptor)
         elif of_stats is of_copies is None and stat.S_ISSOCK(status.st_mode):
@@ -464,7 +464,7 @@ def predecessors(inventory: Inventory, instance: str | None, kept: Kept) -> dict
             continue
         try:
             # The name may be that of a later worker, whose supervisor was killed while it took over.
-            stats = kept.stats.get(worker.core) or StatsSegment.attach(worker.core, instance)
+            stats = kept.stats.get(worker.core) or StatsHeader.attach(worker.core, instance)
         except (posix_ipc.Error, OSError, ValueError):
             kin.kill(pidfd)  # nobody can talk to it
             os.close(pidfd)
