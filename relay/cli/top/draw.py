@@ -32,8 +32,8 @@ SEVERITY_STYLES = (
 UNICODE_BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " _.-=+*#@"
 HELP = """\
  s, left, right   sort by the next or former column      r  turn the order round
- n i o b e d a    sort by name, in/s, out/s, bit/s, drop/s, drops, last datagram
- l J              sort by loss, jitter
+ n i o b e d      sort by name, in/s, out/s, bit/s, drop/s, drops
+ a l J            sort by last datagram, loss, jitter
  arrows, page up and page down, home, end      move through the rules
  /                show only rules in whose name, addresses or state each word is
                   found; Enter keeps it, Esc drops it
@@ -41,11 +41,9 @@ HELP = """\
 
  in/s, out/s      datagrams that matched, and that left through all outputs
  bit/s            payload that left          drops  lost by the rule's outputs
- loss             before the relay, in the last minute: RTP, and MPEG-TS continuity
- jitter           of the rule's worst RTP source
- lat p50, p99     in the relay: half, 99 % of the datagrams took no longer
+ loss, jitter     before the relay: RTP lost and MPEG-TS continuity errors in
+                  the last minute; the worst RTP source     lat  in the relay
  last minute      in/s, each rule by its own greatest
-
  Any key goes back."""
 
 

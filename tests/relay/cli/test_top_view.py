@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from relay.cli.top.columns import age, duration, plain, short
-from relay.cli.top.draw import Screen, layout, lines, plan
+from relay.cli.top.columns import COLUMNS, age, duration, plain, short
+from relay.cli.top.draw import HELP, Screen, layout, lines, plan
 from relay.cli.top.keys import Keys
 from relay.cli.top.rates import Counts, Past, Rates
 from relay.cli.top.rules import from_answer
@@ -193,6 +193,15 @@ def test_on_narrow_screens_jitter_gives_way_first_then_bars_then_the_age_and_las
     if width >= 80 and names <= 12:
         assert "jitter" in titles
         assert chosen.bars >= 8
+
+
+def test_the_help_fits_into_a_small_terminal() -> None:
+    drawn = [text.plain.rstrip() for text in lines(frame(), View(help=True), Screen(80, 24))]
+    assert " Any key goes back." in drawn
+    helped = drawn[drawn.index(HELP.splitlines()[0]) :]
+    assert helped[: len(HELP.splitlines())] == HELP.splitlines()
+    for column in COLUMNS:
+        assert re.search(rf"^ [a-zA-Z ]*\b{column.key}\b.* sort by .*{column.title}", HELP, re.MULTILINE)
 
 
 def test_a_rule_without_rtp_and_mpeg_ts_has_no_loss_and_sorts_behind_one_with_none_lost() -> None:
