@@ -59,7 +59,7 @@ WORKER = WorkerStats(
     restarts=4,
     latency=LATENCY,
 )
-OF_STREAMS = {
+OF_STREAMS: dict[str, Any] = {
     "streams": [stream("10.0.0.1:1", jitter_us=40.0), stream("10.0.0.2:1", jitter_us=900.0)],
     "rtp": RtpTotals(15, 5, 4),
     "mpeg_ts": MpegTsTotals(23, 1),
