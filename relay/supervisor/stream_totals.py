@@ -5,16 +5,16 @@ looks find nothing that is new, and cost no more than that.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from relay.dataplane.layout import COUNT_MAX, Payload
 from relay.health import MpegTsTotals, RtpTotals
-from relay.rules import Rule, address_number
+from relay.rules import address_number
 from relay.stream_growth import COUNTED, RTP_COUNTED, Growth
 from relay.supervisor.fleet import Fleet
 
-Input = tuple[int, int, int]  # group, port, ring
+Input = tuple[int, int, int, int | None]  # group, port, ring, source if it is one's own
 
 
 @dataclass
@@ -44,7 +44,7 @@ class StreamTotals:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._generation = -1
-        self._inputs: dict[Input, list[Rule]] = {}
+        self._inputs: dict[Input, list[str]] = {}  # rules
         self._growths: dict[int, Growth] = {}  # by core
         self._totals: dict[str, Totals] = {}  # by rule
 
@@ -53,33 +53,40 @@ class StreamTotals:
         return self._totals.get(rule_id) or Totals()
 
     def look(self) -> None:
-        """Count what is new since the last look."""
-        self._follow_rules()
+        """Count what is new since the last look.
+
+        By input first: a thousand streams of an input that a thousand rules have are no million sums.
+        """
+        has_new_rules = self._follow_rules()  # which are told what streams carry that have been there before
+        added: dict[Input, Totals] = defaultdict(Totals)
         for worker in self._fleet.workers:
             growth = self._growths.get(worker.core)
             if growth is None or growth.segment is not worker.stats:
                 growth = self._growths[worker.core] = Growth(worker.stats)
             look = growth.look()
-            news = [array[look.is_new].tolist() for array in (look.addresses, look.carried, look.added)]
-            for address, carried, counts in zip(*news, strict=True):
-                for rule in self._rules_of(*address):
-                    self._totals.setdefault(rule.rule_id, Totals()).add(carried, counts)
+            is_told = look.is_new | has_new_rules
+            news = [array[is_told].tolist() for array in (look.addresses, look.carried, look.added)]
+            for (group, port, ring, source), carried, counts in zip(*news, strict=True):
+                for key in ((group, port, ring, None), (group, port, ring, source)):
+                    if key in self._inputs:
+                        added[key].add(carried, counts)
+        for key, totals in added.items():
+            for rule_id in self._inputs[key]:
+                self._totals.setdefault(rule_id, Totals()).add(totals.carried, totals.counts)
 
-    def _follow_rules(self) -> None:
+    def _follow_rules(self) -> bool:
+        """Whether they have changed."""
         if self._generation == self._fleet.generation:
-            return
+            return False
         self._generation = self._fleet.generation
         numbers = {name: number for number, name in self._fleet.interface_names().items()}
-        inputs: dict[Input, list[Rule]] = defaultdict(list)
+        inputs: dict[Input, list[str]] = defaultdict(list)
         for planned in self._fleet.plan.rules:
             rule = planned.rule
+            source = None if rule.source is None else address_number(rule.source)
             for number in (numbers[name] for name in planned.interfaces if name in numbers):
-                inputs[address_number(rule.input_group), rule.input_port, number].append(rule)
+                inputs[address_number(rule.input_group), rule.input_port, number, source].append(rule.rule_id)
         self._inputs = dict(inputs)
         present = {planned.rule.rule_id for planned in self._fleet.plan.rules}
         self._totals = {rule_id: totals for rule_id, totals in self._totals.items() if rule_id in present}
-
-    def _rules_of(self, group: int, port: int, ring: int, source: int) -> Iterator[Rule]:
-        for rule in self._inputs.get((group, port, ring), ()):
-            if rule.source is None or address_number(rule.source) == source:
-                yield rule
+        return True

@@ -110,6 +110,7 @@ def test_a_rule_begins_at_nothing_and_is_forgotten_when_it_goes(summed: Summed) 
     assert summed.rtp() is None
     summed.fleet.begin([ANY, OTHER], snapshot(), strict=True)
     summed.fleet.finish()
+    assert summed.rtp() == RtpTotals(), "the stream was there before the rule"
     summed.stream(place=1)["rtp_lost"] = 1
     assert summed.rtp() == RtpTotals(1)
 
