@@ -127,13 +127,15 @@ class Removed(msgspec.Struct, frozen=True):
 class ActiveRule(Rule, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """One of ListRules: "active", or "waiting: <why>"; where it takes in, and where its counters are.
 
-    Slots are those of the stats segments, one for the rule (None before it is installed), one for each output.
+    Slots are those of the stats segments, one for the rule (None before it is installed), one for each output; rings
+    are its interfaces as records of streams name them.
     """
 
     state: str
     input_interfaces: tuple[str, ...] = ()
     slot: int | None = None
     output_slots: tuple[int, ...] = ()
+    input_rings: tuple[int, ...] = ()
 
 
 class Changed(msgspec.Struct, frozen=True):

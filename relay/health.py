@@ -76,6 +76,21 @@ class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
     mpeg_ts: MpegTsHealth | None = None
 
 
+class RtpTotals(msgspec.Struct, frozen=True):
+    """Of all streams of a rule, also of those that have ended: since it was added, and never less than before."""
+
+    lost: int = 0
+    reordered: int = 0
+    duplicates: int = 0
+
+
+class MpegTsTotals(msgspec.Struct, frozen=True):
+    """As RtpTotals."""
+
+    continuity_errors: int = 0
+    sync_losses: int = 0
+
+
 def used_records(segment: "StatsSegment") -> Any:
     """The indices of records in use: of a copy, as NumPy refuses to count what changes meanwhile."""
     return segment.streams["number"].copy().nonzero()[0]

@@ -13,7 +13,7 @@ from relay.dataplane.layout import (
     LATENCY_NS_MIN_LOG2,
     LATENCY_SUB_BUCKETS_LOG2,
 )
-from relay.messages import Latency
+from relay.messages import LATENCY_BOUNDS_NS, Latency
 
 SUB_BUCKETS = 1 << LATENCY_SUB_BUCKETS_LOG2
 ERROR_MAX = 1 / SUB_BUCKETS  # of a quantile from 1.024 us to 17.2 s, relative
@@ -39,6 +39,16 @@ def quantile_ns(counts: Sequence[int], part: int, max_ns: int) -> int:
     return 0
 
 
+def middle_ns(bucket: int) -> int:
+    """Of a bucket, that is off by no more than 1/32 of a latency in it, from 1.024 us on."""
+    return (upper_ns(bucket - 1) + upper_ns(bucket)) // 2 if bucket else upper_ns(0) // 2
+
+
+def at_most(counts: Sequence[int], bound_ns: int) -> int:
+    """How many were below a power of two; exact, as buckets end there."""
+    return sum(counts[: 1 + ((bound_ns.bit_length() - 1 - LATENCY_NS_MIN_LOG2) << LATENCY_SUB_BUCKETS_LOG2)])
+
+
 def latency_of(counts: Any, max_ns: int) -> Latency | None:
     """The quantiles of a worker's counts by bucket; None of none. What it wrote may be anything."""
     numbers = [max(int(count), 0) for count in counts]
@@ -46,4 +56,10 @@ def latency_of(counts: Any, max_ns: int) -> Latency | None:
         return None
     max_ns = min(max(max_ns, 0), 1 << 62)
     quantiles = {name: quantile_ns(numbers, part, max_ns) / 1000 for name, part in QUANTILES.items()}
-    return Latency(datagrams=min(sum(numbers), COUNT_MAX), **quantiles, max_us=max_ns / 1000)
+    return Latency(
+        datagrams=min(sum(numbers), COUNT_MAX),
+        **quantiles,
+        max_us=max_ns / 1000,
+        sum_us=sum(count * middle_ns(bucket) for bucket, count in enumerate(numbers)) / 1000,
+        at_most=[min(at_most(numbers, bound_ns), COUNT_MAX) for bound_ns in LATENCY_BOUNDS_NS],
+    )

@@ -11,10 +11,11 @@ import msgspec
 from msgspec import Meta
 
 from relay.api import ChangeId
-from relay.health import StreamHealth
+from relay.health import MpegTsTotals, RtpTotals, StreamHealth
 from relay.rules import RULE_ID_CHARS_MAX, RULES_MAX, Rule
 
 PID_MAX = 1 << 22  # PID_MAX_LIMIT, linux/threads.h
+LATENCY_BOUNDS_NS = [1 << power for power in range(12, 31)]  # of histograms for those who keep many of them
 CORE_MAX = 1023  # CPU_SETSIZE of sched.h less one
 
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -76,6 +77,8 @@ class Latency(msgspec.Struct):
     p99_9_us: float
     p99_99_us: float
     max_us: float
+    sum_us: float = 0.0  # of all datagrams, to within 1/32
+    at_most: list[int] = []  # datagrams whose latency was at most 4.096 us, 8.192 us, … 1.07 s: LATENCY_BOUNDS_NS
 
 
 class OutputStats(msgspec.Struct):
@@ -99,6 +102,9 @@ class RuleStats(msgspec.Struct):
     slot: int  # of its counters in the stats segments
     last_packet_unix_s: float | None = None  # when its last datagram came; None before the first
     streams: list[StreamHealth] = []
+    input_rings: list[int] = []  # the interfaces that it takes in from, by their numbers in the stats segments
+    rtp: RtpTotals | None = None  # None before the first RTP
+    mpeg_ts: MpegTsTotals | None = None
 
 
 class WorkerStats(msgspec.Struct):

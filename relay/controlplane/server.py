@@ -285,6 +285,7 @@ def _listed(rule: Rule, installed: messages.RuleStats | None, interfaces: tuple[
     listed: dict[str, Any] = msgspec.to_builtins(rule)
     listed["input_interfaces"] = [rule.input_interface] if rule.input_interface else interfaces
     if installed is None:
-        return {**listed, "state": "waiting: not installed yet", "slot": None, "output_slots": []}
+        return {**listed, "state": "waiting: not installed yet", "slot": None, "output_slots": [], "input_rings": []}
     slots = [output.slot for output in installed.outputs]
-    return {**listed, "state": installed.state, "slot": installed.slot, "output_slots": slots}
+    places = {"slot": installed.slot, "output_slots": slots, "input_rings": installed.input_rings}
+    return {**listed, "state": installed.state, **places}

@@ -1,12 +1,12 @@
 """The table of metrics: name, meaning, unit, labels, and the numbers in the relay's statistics. Pure.
 
 A new metric is a row here, in the tuple of what it describes; collector, alerts, dashboard and tests take their names
-from FAMILIES. Rows of a rule's stream (health, latency) belong to OF_RULES, histograms too: their samples are pairs of
-cumulative (upper bound, count) buckets and the sum.
+from FAMILIES. Samples of a histogram are pairs of cumulative (upper bound, count) buckets and the sum.
 
 Numbers that add up over labels are given once, in the smallest part: a worker, a rule, an output. Sums of outputs are
 left to queries, because a rule that loses an output would let its sum go back. For the same reason no total is built
-from rules: those that are removed take their counts with them.
+from rules: those that are removed take their counts with them. Faults of streams are not summed up here from the
+streams of the moment, which come and go: the relay keeps totals that never go back (relay/supervisor/stream_totals.py).
 """
 
 import errno
@@ -17,10 +17,12 @@ from typing import Any, Literal
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 
-from relay.messages import RuleStats, Stats, WorkerStats
+from relay.health import StreamHealth
+from relay.messages import LATENCY_BOUNDS_NS, RuleStats, Stats, WorkerStats
 
 RULES_MAX = 10_000  # with series of their own; a scrape of these takes a second of this process
 OUTPUTS_MAX = 20_000
+SOURCE_SILENT_MS = 60_000  # a source that was silent for longer has ended
 ERRNO_PREFIX = "send_error_errno_"  # of a cause in `drops`, relay/supervisor/sampling.py
 
 Buckets = tuple[Sequence[tuple[str, float]], float]  # upper bounds as text, "+Inf" last, with counts; and the sum
@@ -106,6 +108,37 @@ def _output_drops(stats: Stats) -> Samples:
             yield (*labels, cause), count
 
 
+def _latencies(stats: Stats) -> Iterator[tuple[tuple[str], Buckets]]:
+    for worker in stats.workers:
+        latency = worker.latency
+        if latency is not None and latency.at_most:  # an older relay tells none
+            bounds = [str(bound_ns / 1e9) for bound_ns in LATENCY_BOUNDS_NS]
+            buckets = [*zip(bounds, latency.at_most, strict=True), ("+Inf", latency.datagrams)]
+            yield (str(worker.core),), (buckets, latency.sum_us / 1e6)
+
+
+def _sources(rule: RuleStats) -> list[StreamHealth]:
+    """The streams that are not over."""
+    return [stream for stream in rule.streams if stream.silent_ms < SOURCE_SILENT_MS]
+
+
+def _source_count(rule: RuleStats) -> int:
+    """A source may be with several workers (--fanout cpu)."""
+    return len({(stream.source, stream.interface) for stream in _sources(rule)})
+
+
+def _jitter_s(rule: RuleStats) -> float | None:
+    return max((stream.rtp.jitter_us / 1e6 for stream in _sources(rule) if stream.rtp is not None), default=None)
+
+
+def _of_rtp(name: str) -> Callable[[Stats], Samples]:
+    return _of_rules(lambda rule: getattr(rule.rtp, name) if rule.rtp is not None else None)
+
+
+def _of_mpeg_ts(name: str) -> Callable[[Stats], Samples]:
+    return _of_rules(lambda rule: getattr(rule.mpeg_ts, name) if rule.mpeg_ts is not None else None)
+
+
 WORKER, RULE, OUTPUT = ("core",), ("rule",), ("rule", "output")
 
 OF_THE_RELAY = (
@@ -154,6 +187,11 @@ OF_WORKERS = (
         "Highest of the levels 0.5, 0.8, 0.95 that a packet ring of the worker has ever passed.",
         *(WORKER, _of_workers(lambda worker: worker.ring_fill_max_percent / 100)),
     ),
+    Family(
+        *("histogram", "mcr_worker_relay_latency", "seconds"),
+        "From the kernel's receive time of a datagram until it was sent; the sum is within 1/32.",
+        *(WORKER, _latencies),
+    ),
 )
 OF_RULES = (
     Family(
@@ -174,6 +212,36 @@ OF_RULES = (
         *(RULE, _of_rules(lambda rule: rule.last_packet_unix_s)),
     ),
 )
+OF_STREAMS = (
+    Family(
+        *("gauge", "mcr_rule_streams", "", "Sources that sent to the rule within the last minute.", RULE),
+        _of_rules(_source_count),
+    ),
+    Family(
+        *("counter", "mcr_rule_rtp_lost", "packets", "RTP datagrams that did not reach the relay.", RULE),
+        _of_rtp("lost"),
+    ),
+    Family(
+        *("counter", "mcr_rule_rtp_reordered", "packets", "RTP datagrams that came behind a later one.", RULE),
+        _of_rtp("reordered"),
+    ),
+    Family(
+        *("counter", "mcr_rule_rtp_duplicate", "packets", "RTP datagrams that came again.", RULE),
+        _of_rtp("duplicates"),
+    ),
+    Family(
+        *("gauge", "mcr_rule_rtp_jitter", "seconds", "Interarrival jitter of the rule's worst source.", RULE),
+        _of_rules(_jitter_s),
+    ),
+    Family(
+        *("counter", "mcr_rule_ts_continuity_errors", "", "Continuity counters of a PID that were not the next.", RULE),
+        _of_mpeg_ts("continuity_errors"),
+    ),
+    Family(
+        *("counter", "mcr_rule_ts_sync_losses", "", "Times that a transport stream lost its sync bytes.", RULE),
+        _of_mpeg_ts("sync_losses"),
+    ),
+)
 OF_OUTPUTS = (
     Family(
         *("counter", "mcr_output", "packets", "Datagrams of the rule that left by this output.", OUTPUT),
@@ -188,7 +256,7 @@ OF_OUTPUTS = (
         *((*OUTPUT, "cause"), _output_drops),
     ),
 )
-FAMILIES = (*OF_THE_RELAY, *OF_WORKERS, *OF_RULES, *OF_OUTPUTS)
+FAMILIES = (*OF_THE_RELAY, *OF_WORKERS, *OF_RULES, *OF_STREAMS, *OF_OUTPUTS)
 
 
 def limited(stats: Stats, rules_max: int = RULES_MAX, outputs_max: int = OUTPUTS_MAX) -> tuple[Stats, int, int]:

@@ -19,6 +19,7 @@ from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.supervisor.stream_totals import StreamTotals
 from relay.supervisor.streams import streams_by_rule
 from relay.version import VERSION
 
@@ -89,11 +90,13 @@ class Sampler:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._started_s = time.monotonic()
+        self._stream_totals = StreamTotals(fleet)
         self._older = self._newer = take_sample(fleet)
 
     def tick(self) -> None:
         """Take a sample; called once a second."""
         self._older, self._newer = self._newer, take_sample(self._fleet)
+        self._stream_totals.look()
 
     def _rate(self, newer: int, older: int) -> float:
         """Per second; counters of a slot that was given to another rule start again at 0."""
@@ -127,6 +130,8 @@ class Sampler:
         """Everything, with totals as of now."""
         sample = take_sample(self._fleet)
         streams = streams_by_rule(self._fleet)
+        self._stream_totals.look()
+        numbers = {name: number for number, name in self._fleet.interface_names().items()}
         workers = self.workers()
         drops: dict[str, int] = {}
         for worker in workers:
@@ -142,14 +147,21 @@ class Sampler:
             packets_per_second=sum(worker.packets_per_second for worker in workers),
             bits_per_second=sum(worker.bits_per_second for worker in workers),
             drops=drops,
-            rules=[self._rule(sample, planned, streams) for planned in self._fleet.plan.rules],
+            rules=[self._rule(sample, planned, streams, numbers) for planned in self._fleet.plan.rules],
             workers=workers,
             version=VERSION,
         )
 
-    def _rule(self, sample: Sample, planned: PlannedRule, streams: Mapping[str, Sequence[StreamHealth]]) -> RuleStats:
+    def _rule(
+        self,
+        sample: Sample,
+        planned: PlannedRule,
+        streams: Mapping[str, Sequence[StreamHealth]],
+        ring_numbers: Mapping[str, int],
+    ) -> RuleStats:
         rule = planned.rule
         slot = self._fleet.rule_slots[rule.rule_id]
+        totals = self._stream_totals.of(rule.rule_id)
         counters = sample.rules[slot]
         slots = [self._fleet.output_slots[rule.rule_id, output.output] for output in planned.outputs]
         sent, newer, older = sample.outputs[slots], self._newer.outputs[slots], self._older.outputs[slots]
@@ -179,4 +191,7 @@ class Sampler:
             slot=slot,
             last_packet_unix_s=unix_s(counters["last_ns"]),
             streams=list(streams.get(rule.rule_id, ())),
+            input_rings=[ring_numbers[name] for name in planned.interfaces if name in ring_numbers],
+            rtp=totals.rtp(),
+            mpeg_ts=totals.mpeg_ts(),
         )

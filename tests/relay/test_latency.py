@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from relay.dataplane import latency as compiled_latency
 from relay.dataplane import layout
 from relay.latency import ERROR_MAX, QUANTILES, WHOLE, latency_of
+from relay.messages import LATENCY_BOUNDS_NS
 from tests.relay.dataplane.bare import bare_memory
 
 SENT_NS = 1_800_000_000_000_000_000
@@ -46,6 +47,19 @@ def test_quantiles_are_those_of_the_samples_within_a_buckets_width(samples: list
     for name, part in QUANTILES.items():
         exact_us = np.quantile(raw, part / WHOLE, method="inverted_cdf") / 1000
         assert exact_us <= getattr(told, name) <= max(exact_us * (1 + ERROR_MAX), NS_MIN / 1000) + 0.001
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=SAMPLES)
+@example(samples=[(bound_ns, 1) for bound_ns in LATENCY_BOUNDS_NS])
+@example(samples=[(bound_ns - 1, 1) for bound_ns in LATENCY_BOUNDS_NS])
+def test_coarse_buckets_are_exact_and_the_sum_nearly(samples: list[tuple[int, int]]) -> None:
+    record(samples)
+    told = latency_of(HEALTH["latency"], int(HEALTH["latency_ns_max"]))
+    assert told is not None
+    assert told.at_most == [sum(n for latency_ns, n in samples if latency_ns < bound) for bound in LATENCY_BOUNDS_NS]
+    exact_us = sum(latency_ns * n for latency_ns, n in samples) / 1000
+    assert abs(told.sum_us - exact_us) <= exact_us / 32 + told.datagrams * NS_MIN / 2000 + 0.001
 
 
 @settings(max_examples=300)

@@ -21,11 +21,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.system.harness import BIN, Relay, wait_until
+from tests.system.test_stream_health import Sender, broken, rtp
 from tools.netns import Host, Line
 
 COUNT = 3000
 PAYLOAD_BYTES = 1316
 BURST = 50
+FAULTS = ("lost", "reordered", "duplicate")
+RTP_PORT = 5002
 PROMETHEUS_PORT = 9090
 CONFIG = """
 global: {scrape_interval: 250ms}
@@ -79,11 +82,12 @@ def hosts() -> Iterator[Line]:
 
 @pytest.fixture(scope="module")
 def relay(hosts: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    """Two rules; COUNT datagrams have come for the first one, which has two outputs."""
+    """Three rules; COUNT datagrams have come for the first one, which has two outputs."""
     relay = Relay(hosts.hosts[1], tmp_path_factory.mktemp("metrics"), ("left",))
     try:
         relay.add("tv", "239.1.1.1:5001", "239.2.2.2:6001:right", "239.2.2.3:6001:right")
         relay.add("radio", "239.1.1.9:5001", "239.2.2.9:6001:right")
+        relay.add("rtp", f"239.1.1.1:{RTP_PORT}", "239.2.2.2:6002:right")
         traffic(hosts)
         wait_until(lambda: relay.stats()["packets_matched"] == COUNT, "all have come")
         yield relay
@@ -147,7 +151,21 @@ def test_promtool_finds_nothing_to_blame(exporter: Exporter) -> None:
 
 
 def test_no_counter_goes_back_when_a_worker_is_replaced(hosts: Line, relay: Relay, exporter: Exporter) -> None:
+    with Sender(hosts.hosts[0], RTP_PORT) as sender:
+        sender.send(*(rtp(i) for i in range(10)), *broken(10, 500), pace_s=0.0005)
+        arrived = "mcr_rule_packets_total{rule=rtp}"
+        wait_until(lambda: exporter.samples()[arrived] == sender.sent, "all have come")
+        replace_worker(hosts, relay, exporter, sender)
+
+
+def replace_worker(hosts: Line, relay: Relay, exporter: Exporter, sender: Sender) -> None:
+    """Kill the worker, and have its successor count on; `sender` has sent 15 datagrams too few, 5 late and 5 twice."""
     before = exporter.samples()
+    faults = {name: before[f"mcr_rule_rtp_{name}_packets_total{{rule=rtp}}"] for name in FAULTS}
+    assert faults == {"lost": 15, "reordered": 5, "duplicate": 5}
+    assert (before["mcr_rule_streams{rule=rtp}"], before["mcr_rule_streams{rule=radio}"]) == (1, 0)
+    assert 0 < before["mcr_rule_rtp_jitter_seconds{rule=rtp}"] < 10
+    assert "mcr_rule_rtp_lost_packets_total{rule=tv}" not in before
     (worker,) = relay.ask("list-workers")
     core = worker["core"]
     os.kill(worker["pid"], signal.SIGKILL)
@@ -155,7 +173,9 @@ def test_no_counter_goes_back_when_a_worker_is_replaced(hosts: Line, relay: Rela
 
     def counters() -> dict[str, float]:
         samples = exporter.samples()
-        lower = {name: value for name, value in samples.items() if "_total{" in name and value < before[name]}
+        endings = ("_total", "_bucket", "_count", "_sum")
+        counted = {name: value for name, value in samples.items() if name.partition("{")[0].endswith(endings)}
+        lower = {name: value for name, value in counted.items() if value < before.get(name, 0)}
         assert lower == {}
         return samples
 
@@ -163,6 +183,10 @@ def test_no_counter_goes_back_when_a_worker_is_replaced(hosts: Line, relay: Rela
     wait_until(lambda: counters()[f"mcr_worker_running{{core={core}}}"] == 1, "another one runs")
     traffic(hosts)
     wait_until(lambda: counters()["mcr_rule_packets_total{rule=tv}"] == 2 * COUNT, "counters go on")
+    sender.send(*(rtp(510 + i) for i in range(1, 20)))  # one is lost
+    wait_until(lambda: counters()["mcr_rule_rtp_lost_packets_total{rule=rtp}"] == 16, "so do those of streams")
+    relayed = f"mcr_worker_relay_latency_seconds_count{{core={core}}}"
+    wait_until(lambda: counters()[relayed] == 2 * COUNT + sender.sent, "each datagram has a latency")
 
 
 def query(host: Host, address: str, expression: str) -> Any:
@@ -178,11 +202,14 @@ def test_a_real_prometheus_answers_with_the_figure(exporter: Exporter, prometheu
     def ask(expression: str) -> Any:
         return query(exporter.host, prometheus, expression)
 
-    wait_until(lambda: ask("sum(mcr_rule_packets_total)") == 2 * COUNT, "it has scraped what has come by now")
+    wait_until(
+        lambda: ask("sum(mcr_rule_packets_total{rule='tv'})") == 2 * COUNT, "it has scraped what has come by now"
+    )
     assert ask('up{job="mcr"}') == 1
     assert ask("sum by (rule) (mcr_output_bytes_total{rule='tv'})") == 2 * 2 * COUNT * PAYLOAD_BYTES
     assert ask("mcr_worker_drops_total{cause='ring_full'}") == 0
     assert ask("mcr_build_info") == 1
+    assert 0 < ask("histogram_quantile(0.5, sum by (le) (mcr_worker_relay_latency_seconds_bucket))") < 1.1
 
 
 def test_metrics_outlive_the_relay(relay: Relay, exporter: Exporter) -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.system.harness import BIN, PYTHON, Relay, wait_until
+from tests.system.test_stream_health import RTP, Sender, broken, rtp
 from tools.environment import CHECKOUT
 from tools.netns import Host, Line
 
@@ -108,6 +109,12 @@ def traffic(gen: Host) -> Iterator[None]:
         process.wait()
 
 
+def send_damaged(gen: Host) -> None:
+    """RTP to the rule tv besides, of which 3 are lost."""
+    with Sender(gen, RTP) as sender:
+        sender.send(*(rtp(i) for i in range(10)), *broken(10, 100), pace_s=0.0005)
+
+
 @pytest.fixture(scope="module")
 def line() -> Iterator[Line]:
     """Hosts for the relay that these tests share: the last of them ends it."""
@@ -190,6 +197,13 @@ def test_eighty_columns_show_rates_and_obey_keys(line: Line, relay: Relay, tmp_p
         psutil.Process(former).kill()
         terminal.wait_for(rf"the worker on core \d+ was replaced: process {former}, now \d+")
 
+        terminal.wait_for(r"^tv .* <1 s  +[▁-█]")  # neither loss nor jitter: it is no RTP
+        terminal.wait_for(r"^ +\d+ +\d+ .*% +\d+ +[\d.]+ [µm]s +[\d.]+ [µm]s$")
+        send_damaged(line.hosts[0])
+        terminal.wait_for(r"^tv .* <1 s +3 +[▁-█]")
+        terminal.press("l")
+        wait_until(lambda: terminal.rules()[0][0] == "tv", "sorted by loss")
+
         terminal.press("q")
         terminal.wait_for("^status 0")
         wait_until(lambda: is_restored(terminal), "the terminal is as before")
@@ -217,7 +231,9 @@ def test_one_frame_for_a_pipe_and_one_line_for_who_may_not_look(relay: Relay) ->
 def test_a_screen_outlives_the_relay_and_leaves_the_terminal_in_order(line: Line, relay: Relay, tmp_path: Path) -> None:
     with traffic(line.hosts[0]), watching(relay, tmp_path, columns=200, rows=50) as terminal:
         terminal.wait_for(r"^tv +239.1.1.1:5001 +239.2.2.1:6001:right .* <1 s .*[▁-█]")
-        assert any("[Supervisor]" in line for line in terminal.lines())
+        assert any("Z [Info] [" in line for line in terminal.lines())  # whose line is last depends on who asked what
+        send_damaged(line.hosts[0])
+        terminal.wait_for(r"^tv .* <1 s +3 +[\d.]+ [µm]s +[▁-█]")
         relay.stop()
         terminal.wait_for("the relay has ended; waiting for it to come back")
         relay.start_again()

@@ -1,7 +1,6 @@
 """The columns of the rules' table: what each shows, sorts by, and how much room it takes.
 
-To add one, such as a stream's loss or jitter: an array of all rules in Frame, which watch.py fills, and one entry of
-COLUMNS.
+To add one: an array of all rules in Frame, which watch.py fills, and one entry of COLUMNS.
 """
 
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 from relay.cli.top.watch import Frame
 
+BARS_RANK, ADDRESSES_RANK = 2, 3
 NS_PER_S = 1_000_000_000
 PLAIN_MAX = 99_999  # counts up to this are shown in full
 
@@ -38,9 +38,19 @@ def age(since_s: float) -> str:
     return f"{since_s / 86_400:.0f} d"
 
 
+def duration(ns: float) -> str:
+    """A latency or jitter in at most three digits and its unit: at most six characters up to 17 minutes."""
+    unit, unit_ns = ("s", 1e9) if ns >= 999.5e6 else ("ms", 1e6) if ns >= 999.5e3 else ("µs", 1e3)
+    value = ns / unit_ns
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
+
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers. `rank` says how soon it gives way on a narrow screen, 0 never."""
+    """A column of numbers. `rank` says how soon it gives way on a narrow screen, the greatest first, 0 never.
+
+    Bars give way after those above BARS_RANK, addresses after those above ADDRESSES_RANK.
+    """
 
     key: str  # sorts by it
     title: str
@@ -62,11 +72,29 @@ def _drop_style(frame: Frame, rule: int) -> str:
     return "yellow" if frame.counts.drops[rule] else "dim"
 
 
+def _loss_style(frame: Frame, rule: int) -> str:
+    if frame.streams.losses_now[rule] > 0:
+        return "bold red"
+    return "yellow" if frame.streams.losses[rule] > 0 else "dim"
+
+
+def _loss_text(frame: Frame, rule: int) -> str:
+    losses = frame.streams.losses[rule]
+    return "" if losses < 0 else plain(int(losses))
+
+
+def _jitter_text(frame: Frame, rule: int) -> str:
+    jitter_ns = int(frame.streams.jitter_ns[rule])
+    return "" if jitter_ns < 0 else duration(jitter_ns)
+
+
 COLUMNS = (
     Column("i", "in/s", 6, 0, lambda f: f.rates.received, lambda f, r: short(f.rates.received[r])),
     Column("o", "out/s", 6, 0, lambda f: f.rates.sent, lambda f, r: short(f.rates.sent[r])),
     Column("b", "bit/s", 6, 0, lambda f: f.rates.sent_bits, lambda f, r: short(f.rates.sent_bits[r])),
-    Column("e", "drop/s", 7, 2, lambda f: f.rates.drops, lambda f, r: short(f.rates.drops[r]), _drop_style),
+    Column("e", "drop/s", 7, 4, lambda f: f.rates.drops, lambda f, r: short(f.rates.drops[r]), _drop_style),
     Column("d", "drops", 6, 0, lambda f: f.counts.drops, lambda f, r: plain(int(f.counts.drops[r])), _drop_style),
-    Column("a", "last", 7, 1, lambda f: f.counts.last_ns, _age_text),
+    Column("a", "last", 7, 2, lambda f: f.counts.last_ns, _age_text),
+    Column("l", "loss", 6, 1, lambda f: f.streams.losses, _loss_text, _loss_style),
+    Column("J", "jitter", 7, 3, lambda f: f.streams.jitter_ns, _jitter_text),
 )

@@ -12,7 +12,7 @@ import numpy as np
 from rich.layout import Layout
 from rich.text import Text
 
-from relay.cli.top.columns import COLUMNS, Column, plain, short
+from relay.cli.top.columns import ADDRESSES_RANK, BARS_RANK, COLUMNS, Column, duration, plain, short
 from relay.cli.top.view import NAME_KEY, View
 from relay.cli.top.watch import Frame, WorkerRow
 
@@ -32,7 +32,8 @@ SEVERITY_STYLES = (
 UNICODE_BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " _.-=+*#@"
 HELP = """\
  s, left, right   sort by the next or former column      r  turn the order round
- n i o b e d a    sort by name, in/s, out/s, bit/s, drop/s, drops, last datagram
+ n i o b e d      sort by name, in/s, out/s, bit/s, drop/s, drops
+ a l J            sort by last datagram, loss, jitter
  arrows, page up and page down, home, end      move through the rules
  /                show only rules in whose name, addresses or state each word is
                   found; Enter keeps it, Esc drops it
@@ -40,8 +41,9 @@ HELP = """\
 
  in/s, out/s      datagrams that matched, and that left through all outputs
  bit/s            payload that left          drops  lost by the rule's outputs
+ loss, jitter     before the relay: RTP lost and MPEG-TS continuity errors in
+                  the last minute; the worst RTP source     lat  in the relay
  last minute      in/s, each rule by its own greatest
-
  Any key goes back."""
 
 
@@ -81,12 +83,13 @@ def plan(width: int, names: int, outputs: int) -> Plan:
         return chars
 
     wanted = [column for column in sorted(COLUMNS, key=lambda column: column.rank) if column.rank]
-    chosen += [column for column in wanted if column.rank == 1 and take(column.width)]
+    chosen += [column for column in wanted if column.rank <= BARS_RANK and take(column.width)]
     bars = take(BARS_MIN)
+    chosen += [column for column in wanted if BARS_RANK < column.rank <= ADDRESSES_RANK and take(column.width)]
     input_chars = take(INPUT_CHARS) if bars else 0
     outputs_chars = take(OUTPUTS_CHARS_MIN) if input_chars else 0
     if outputs_chars:
-        chosen += [column for column in wanted if column.rank > 1 and take(column.width)]
+        chosen += [column for column in wanted if column.rank > ADDRESSES_RANK and take(column.width)]
     left = max(left, 0)
     more = min(max(names - name, 0), NAME_CHARS_MAX - name, left)
     name, left = name + more, left - more
@@ -165,7 +168,8 @@ def workers(frame: Frame, room: int, width: int) -> list[Text]:
     more = len(frame.workers) - len(shown)
     wide = width >= 100
     title = f"{'core':>4} {'pid':>7}  {'CPU':>5}  {'in/s':>6}  {'out/s':>6}  {'bit/s':>6}  {'ring':>5}  {'drops':>6}"
-    title += f"  {more} more" if more else ("  dropped by cause" if wide else "")
+    title += f"  {'lat p50':>7} {'p99':>6}"
+    title += f" {more} more" if more else ("  dropped by cause" if wide else "")
     return [_title(title, width), *(_worker(worker, width) for worker in shown)]
 
 
@@ -177,6 +181,7 @@ def _worker(worker: WorkerRow, width: int) -> Text:
     cpu = "" if worker.cpu_percent is None else f"{worker.cpu_percent:.0f} %"
     full = worker.ring_fill_percent_max
     total = sum(worker.drops.values())
+    p50, p99 = map(duration, worker.latency_ns) if worker.latency_ns else ("", "")
     causes = ", ".join(f"{cause} {plain(n)}" for cause, n in worker.drops.items() if n)
     text = line(
         f"{worker.core:>4} {worker.pid:>7}  ",
@@ -185,8 +190,8 @@ def _worker(worker: WorkerRow, width: int) -> Text:
         (f"{f'≥{full} %' if full else '<50 %':>5}", "red" if full >= 95 else "yellow" if full else ""),
         "  ",
         (f"{plain(total):>6}", "bold red" if worker.drop_rate else "yellow" if total else "dim"),
-        "  ",
-        (worker.state or causes, "bold red" if worker.state else "dim"),
+        (f"  {worker.state}", "bold red") if worker.state else f"  {p50:>7} {p99:>6}",
+        ("" if worker.state else f"  {causes}", "dim"),
     )
     text.truncate(width, overflow="ellipsis")
     return text
@@ -255,13 +260,17 @@ def _rule(frame: Frame, rule: int, widths: Plan, heights: Any, screen: Screen) -
             for text, width in ((frame.rules.inputs[rule], widths.input), (frame.rules.outputs[rule], widths.outputs))
             if width
         ]
-    for column in widths.columns:
+    columns, bars = list(widths.columns), widths.bars
+    is_state_last = is_waiting and place < STATE_CHARS_MIN and bars > 0
+    while is_state_last and not columns[-1].text(frame, rule):
+        bars += widths.gap + columns.pop().width
+    for column in columns:
         parts.append(
             (gap + cut(column.text(frame, rule), column.width).rjust(column.width), column.style(frame, rule) or quiet)
         )
-    if is_waiting and place < STATE_CHARS_MIN and widths.bars:
-        parts.append((gap + cut(state, widths.bars), "yellow"))
-    elif widths.bars:
+    if is_state_last:
+        parts.append((gap + cut(state, bars), "yellow"))
+    elif bars:
         parts.append((gap + "".join(screen.bars[height] for height in heights.tolist()), "cyan"))
     return line(*parts)
 

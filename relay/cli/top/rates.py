@@ -108,7 +108,7 @@ def rearranged(values: Any, former: Any, missing: Any) -> Any:
 
 
 class History:
-    """How many datagrams each rule had received, at moments of the last minute. What it gives away never changes."""
+    """How much was counted of each rule, at moments of the last minute. What it gives away never changes."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
@@ -122,7 +122,7 @@ class History:
         self._totals = deque(rearranged(totals, former, self._now) for totals in self._totals)
 
     def add(self, time_s: float, received: Any) -> None:
-        """Note what each rule received since the last call: i8[rules]."""
+        """Note what each rule received, or lost, since the last call: i8[rules]."""
         self._now = self._now + received
         if self._times and time_s - self._times[-1] < HISTORY_STEP_S:
             return
@@ -131,6 +131,10 @@ class History:
         while len(self._times) > 2 and self._times[1] <= time_s - HISTORY_S:
             self._times.popleft()
             self._totals.popleft()
+
+    def last_minute(self) -> Any:
+        """What was counted in it, as far as that is known: f8[rules]."""
+        return self._now - self._totals[0] if self._totals else np.zeros_like(self._now)
 
     def snapshot(self) -> "Past":
         """The past as it is known now."""

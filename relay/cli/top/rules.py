@@ -14,6 +14,7 @@ from typing import Any
 from relay import api
 from relay.cli.top.rates import Places
 from relay.cli.top.segments import State, empty_places, same_segments
+from relay.cli.top.streams import Inputs
 from relay.client import Client
 from relay.errors import RelayError
 from relay.rules import Output, output_name
@@ -34,6 +35,7 @@ class Rules:
     states: list[str] = field(default_factory=list)
     searched: list[str] = field(default_factory=list)  # what a filter looks at, in lower case
     places: Places = field(default_factory=empty_places)
+    taken_in: Inputs = field(default_factory=Inputs)
 
     def waiting(self) -> int:
         """How many are not active."""
@@ -55,6 +57,9 @@ def from_answer(answer: list[dict[str, Any]]) -> Rules:
             for rule, input_, names in zip(listed, inputs, outputs, strict=True)
         ],
         places=Places.of([(rule["slot"], rule["output_slots"]) for rule in listed]),
+        taken_in=Inputs.of(
+            [(r["input_group"], r["input_port"], r["source"], r.get("input_rings", ())) for r in listed]
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from relay.cli.top.rates import EXACT_MAX, Counts, Places, count
 from relay.dataplane.counters import StatsSegment, segment_name
 from relay.dataplane.layout import STATS_MAGIC, DropCause
 from relay.errors import PreflightError
+from relay.stream_growth import Growth, Look
 
 # Of each worker its core, the identity of its segment, and the generation of the rule table that it uses.
 State = tuple[tuple[int, int, int], ...]
@@ -49,6 +50,7 @@ class WorkerCounts:
     sent_bytes: int
     ring_fill_percent_max: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]  # by cause
+    latencies: Any  # i8[LATENCY_BUCKETS], datagrams by bucket
 
 
 def _read_worker(core: int, segment: StatsSegment) -> WorkerCounts:
@@ -68,6 +70,7 @@ def _read_worker(core: int, segment: StatsSegment) -> WorkerCounts:
         sent_bytes=number(header["bytes_relayed"]),
         ring_fill_percent_max=min(number(header["ring_fill_max"].max()), 100),
         drops=drops,
+        latencies=np.clip(segment.health["latency"], 0, EXACT_MAX),
     )
 
 
@@ -77,6 +80,7 @@ class Segments:
     def __init__(self, instance: str | None) -> None:
         self._instance = instance
         self._mapped: dict[int, tuple[int, StatsSegment]] = {}  # by core: identity, segment
+        self._growths: dict[int, Growth] = {}  # by core
 
     def refresh(self) -> None:
         """Map what came, also in the place of what went. Raises PreflightError for what may not be read."""
@@ -95,6 +99,15 @@ class Segments:
             if core not in present or present[core][0] != identity:
                 segment.close()
         self._mapped = present
+        self._growths = {core: self._growth(core, segment) for core, (_, segment) in present.items()}
+
+    def _growth(self, core: int, segment: StatsSegment) -> Growth:
+        known = self._growths.get(core)
+        if known is not None and known.segment is segment:
+            return known
+        growth = Growth(segment)
+        growth.look()  # what was before is over
+        return growth
 
     def _cores(self) -> list[int]:
         cores = []
@@ -118,6 +131,10 @@ class Segments:
     def rules(self, places: Places) -> Counts:
         """The counters of each rule."""
         return count([(segment.rules, segment.outputs) for _, segment in self._mapped.values()], places)
+
+    def streams(self) -> list[Look]:
+        """The streams of each worker, and what was added to them since the last call."""
+        return [growth.look() for growth in self._growths.values()]
 
 
 def _attach(core: int, instance: str | None) -> StatsSegment | None:

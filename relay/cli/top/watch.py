@@ -8,13 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 
 from relay.cli.top.log import LogTail
 from relay.cli.top.rates import Counts, History, Past, Rates, grown, match, rates, rearranged
 from relay.cli.top.rules import Asker, Rules
 from relay.cli.top.segments import Segments, State, WorkerCounts, same_segments
+from relay.cli.top.streams import faults
+from relay.dataplane.layout import COUNT_MAX
+from relay.latency import QUANTILES, quantile_ns
 
 SILENT_NS = 1_000_000_000  # a worker's heart beats ten times a second
 EVENT_SHOWN_S = 60.0
@@ -34,6 +39,16 @@ class WorkerRow:
     ring_fill_percent_max: int
     drops: dict[str, int]
     drop_rate: float
+    latency_ns: tuple[int, int] | None = None  # the half and 99 % were not slower since the last look; None of nothing
+
+
+@dataclass(frozen=True)
+class StreamRows:
+    """What is wrong with the rules' streams before they reach the relay: an array of all rules each."""
+
+    losses: Any  # f8[rules]: RTP datagrams lost and continuity errors in the last minute; -1: neither RTP nor MPEG-TS
+    losses_now: Any  # f8[rules], since the last look
+    jitter_ns: Any  # i8[rules]: of the worst source; -1: no RTP
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class Frame:
     rules: Rules
     counts: Counts
     rates: Rates
+    streams: StreamRows
     past: Past
     workers: tuple[WorkerRow, ...]
     drops: dict[str, tuple[int, float]]  # by cause: all of them, and per second
@@ -57,6 +73,14 @@ class Frame:
 
 def _rate(newer: int, older: int, elapsed_s: float) -> float:
     return float(grown(newer, older)) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+def _latency_ns(datagrams: Any) -> tuple[int, int] | None:
+    """Quantiles of what was sent between two looks: i8[LATENCY_BUCKETS]."""
+    if not datagrams.any():
+        return None
+    counts = datagrams.tolist()
+    return quantile_ns(counts, QUANTILES["p50_us"], COUNT_MAX), quantile_ns(counts, QUANTILES["p99_us"], COUNT_MAX)
 
 
 @dataclass
@@ -96,6 +120,7 @@ class Watch:
         self._log = LogTail(instance)
         self._rules = Rules()
         self._history = History()
+        self._losses = History()
         self._seen = _Seen()
         self._cpu = _Cpu()
         self._event = ("", 0.0)
@@ -105,6 +130,7 @@ class Watch:
         self._segments.refresh()
         self._rules = self._asker.now(self._segments.state())
         self._history.rearrange(match(self._rules.ids, ()))
+        self._losses.rearrange(match(self._rules.ids, ()))
 
     def look(self) -> Frame:
         """The relay now. Raises PreflightError when it has new segments that may not be read."""
@@ -124,6 +150,7 @@ class Watch:
         older = newer if older is None else older
         per_second = rates(newer, older, elapsed_s)
         self._history.add(now_s, grown(newer.received, older.received))
+        streams = self._streams(now_s)
         workers = self._segments.workers()
         self._notice(state, workers, now_s)
         rows = tuple(self._row(worker, elapsed_s, now_s) for worker in workers)
@@ -134,6 +161,7 @@ class Watch:
             rules=self._rules,
             counts=newer,
             rates=per_second,
+            streams=streams,
             past=self._history.snapshot(),
             workers=rows,
             drops=self._drops(workers, elapsed_s),
@@ -149,11 +177,18 @@ class Watch:
         former = match(rules.ids, self._rules.ids)
         self._rules = rules
         self._history.rearrange(former)
+        self._losses.rearrange(former)
         if self._seen.counts is not None:
             counts = self._segments.rules(rules.places)
             self._seen.counts = Counts(
                 *(rearranged(was, former, now) for was, now in zip(self._seen.counts, counts, strict=True))
             )
+
+    def _streams(self, now_s: float) -> StreamRows:
+        told = faults(self._rules.taken_in, self._segments.streams(), time.monotonic_ns())
+        self._losses.add(now_s, told.losses)
+        losses = np.where(told.is_looked_into, self._losses.last_minute(), -1)
+        return StreamRows(losses, told.losses, told.jitter_ns)
 
     def _row(self, worker: WorkerCounts, elapsed_s: float, now_s: float) -> WorkerRow:
         older = self._seen.workers.get(worker.core, worker)
@@ -178,6 +213,7 @@ class Watch:
             ring_fill_percent_max=worker.ring_fill_percent_max,
             drops=worker.drops,
             drop_rate=sum(_rate(n, older.drops[cause], elapsed_s) for cause, n in worker.drops.items()),
+            latency_ns=_latency_ns(grown(worker.latencies, older.latencies)),
         )
 
     def _drops(self, workers: list[WorkerCounts], elapsed_s: float) -> dict[str, tuple[int, float]]:

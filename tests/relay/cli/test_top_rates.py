@@ -99,6 +99,17 @@ def test_bars_show_the_rate_of_each_span_of_the_last_minute(step_s: float, width
     assert not bars[1][width // 2 + 1 :].any()
 
 
+def test_what_is_older_than_a_minute_is_over() -> None:
+    history = History()
+    history.rearrange(match(["a"], []))
+    assert history.last_minute().tolist() == [0]
+    seen = []
+    for second in range(130):
+        history.add(1000.0 + second, np.array([15.0 if second == 10 else 0.0]))
+        seen.append(float(history.last_minute()[0]))
+    assert seen == [15.0 if 10 <= second < 70 else 0.0 for second in range(130)]
+
+
 def test_a_minute_that_has_just_begun_is_not_understated() -> None:
     history = History()
     history.rearrange(match(["a"], []))

@@ -1,5 +1,7 @@
 """What of `mcrctl top` needs no relay: keys, order, filter, and lines that fit whatever the terminal's size."""
 
+import dataclasses
+import re
 from datetime import datetime
 
 import numpy as np
@@ -8,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from relay.cli.top.columns import age, plain, short
-from relay.cli.top.draw import Screen, layout, lines
+from relay.cli.top.columns import COLUMNS, age, duration, plain, short
+from relay.cli.top.draw import HELP, Screen, layout, lines, plan
 from relay.cli.top.keys import Keys
 from relay.cli.top.rates import Counts, Past, Rates
 from relay.cli.top.rules import from_answer
 from relay.cli.top.view import SORT_KEYS, View
-from relay.cli.top.watch import Frame, WorkerRow
+from relay.cli.top.watch import Frame, StreamRows, WorkerRow
 
 IDS = ["beta", "alpha", "gamma", "x" * 64]
 
@@ -44,9 +46,12 @@ def frame(ids: list[str] | None = None, workers: int = 1, log: tuple[str, ...] =
         rules=from_answer(answer),
         counts=Counts(numbers, numbers, numbers, numbers, numbers * 99_999_999, numbers * 10**9),
         rates=Rates(floats, floats, floats * 1e6, floats),
+        streams=StreamRows(numbers * 15.0 - 1, numbers * 0.0, numbers * 41_000 - 1),  # the first has none
         past=Past(np.array([900.0, 1000.0]), (np.zeros(len(ids)), floats)),
         workers=tuple(
-            WorkerRow(core, 10 + core, "", 99.9, 1e6, 1e6, 1e10, 95, {"no_match": 12_345_678, "ttl": 3}, 1.0)
+            WorkerRow(
+                core, 10 + core, "", 99.9, 1e6, 1e6, 1e10, 95, {"no_match": 12_345_678, "ttl": 3}, 1.0, (9_700, 418_000)
+            )
             for core in range(workers)
         ),
         drops={"no_match": (123_456_789, 5.0), "egress_full": (1, 0.0)},
@@ -163,12 +168,61 @@ def test_no_line_is_wider_and_no_frame_higher_than_the_terminal(
 def test_eighty_columns_show_what_matters_and_two_hundred_show_all() -> None:
     shown = frame(["tv", "radio"])
     narrow, wide = ("\n".join(t.plain for t in lines(shown, View(), Screen(w, 24))) for w in (80, 200))
-    for title in ("rule", "in/s", "out/s", "bit/s▼", "drops", "last", "last minute"):
+    for title in ("rule", "in/s", "out/s", "bit/s▼", "drops", "last", "loss", "jitter", "last minute", "lat p50"):
         assert title in narrow
         assert title in wide
     assert "239.2.2.2:6001:right +1" in wide
     assert "waiting: interface right is down" in wide
-    assert "waiting" in narrow
+    assert "waiting: interface right" in narrow  # where loss and jitter would be, as tv has none
+    for text in (narrow, wide):
+        assert re.search(r"^radio .* 14 +41 µs ", text, re.MULTILINE)
+        assert re.search(r"^ +0 .* 9.7 µs 418 µs", text, re.MULTILINE)
+
+
+@given(st.integers(1, 250), st.integers(1, 64))
+def test_on_narrow_screens_jitter_gives_way_first_then_bars_then_the_age_and_last_the_loss(
+    width: int, names: int
+) -> None:
+    chosen = plan(width, names, 24)
+    titles = {column.title for column in chosen.columns}
+    assert "loss" in titles or "last" not in titles
+    assert "last" in titles or not chosen.bars
+    assert "jitter" in titles or not chosen.input
+    if width >= 80:
+        assert {"loss", "last"} <= titles
+    if width >= 80 and names <= 12:
+        assert "jitter" in titles
+        assert chosen.bars >= 8
+
+
+def test_the_help_fits_into_a_small_terminal() -> None:
+    drawn = [text.plain.rstrip() for text in lines(frame(), View(help=True), Screen(80, 24))]
+    assert " Any key goes back." in drawn
+    helped = drawn[drawn.index(HELP.splitlines()[0]) :]
+    assert helped[: len(HELP.splitlines())] == HELP.splitlines()
+    for column in COLUMNS:
+        assert re.search(rf"^ [a-zA-Z ]*\b{column.key}\b.* sort by .*{column.title}", HELP, re.MULTILINE)
+
+
+def test_a_rule_without_rtp_and_mpeg_ts_has_no_loss_and_sorts_behind_one_with_none_lost() -> None:
+    shown, view = frame(["plain", "well", "ill"]), View()
+    shown.streams.losses[:] = [-1, 0, 1]
+    shown.streams.losses_now[2] = 1
+    view.press("l")
+    assert view.order(shown).tolist() == [2, 1, 0]
+    drawn = [text for text in lines(shown, view, Screen(200, 24)) if text.plain.startswith(("plain", "well", "ill"))]
+    styles = [
+        [str(span.style) for span in text.spans if text.plain[span.start : span.end].strip() == "1"] for text in drawn
+    ]
+    assert [text.plain.split()[0] for text in drawn] == ["ill", "well", "plain"]
+    assert "bold red" in styles[0]
+
+
+def test_a_worker_that_does_not_run_has_its_state_where_latency_was() -> None:
+    shown = frame()
+    ill = dataclasses.replace(shown.workers[0], state="silent for 100 s", latency_ns=None)
+    drawn = [text.plain for text in lines(dataclasses.replace(shown, workers=(ill,)), View(), Screen(80, 24))]
+    assert sum("silent for 100 s" in text for text in drawn) == 1
 
 
 @pytest.mark.parametrize(
@@ -180,6 +234,15 @@ def test_eighty_columns_show_what_matters_and_two_hundred_show_all() -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert short(value) == text
+    assert len(text) <= 6
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [(0, "0.0 µs"), (9_940, "9.9 µs"), (9_960, "10 µs"), (999_400, "999 µs"), (999_600, "1.0 ms"), (12.4e9, "12 s")],
+)
+def test_durations_have_one_unit(ns: float, text: str) -> None:
+    assert duration(ns) == text
     assert len(text) <= 6
 
 

@@ -1,5 +1,8 @@
 """What the metrics say, of statistics that are written down here."""
 
+import re
+from typing import Any
+
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -8,7 +11,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
+from relay.health import MpegTsTotals, RtpHealth, RtpTotals, StreamHealth
+from relay.messages import LATENCY_BOUNDS_NS, Latency, OutputStats, RuleStats, Stats, WorkerStats
 from relay.metrics.families import FAMILIES, Family, limited
 
 
@@ -16,19 +20,53 @@ def output(name: str, packets: int = 1) -> OutputStats:
     return OutputStats(name, packets, 10 * packets, {"ttl": 0, "egress_full": 2, "send_error": 1}, slot=0)
 
 
-def rule(rule_id: str, *outputs: OutputStats, state: str = "active", last_s: float | None = 1000.5) -> RuleStats:
-    return RuleStats(rule_id, state, 3, 30, 3, 30, 0.0, 0.0, list(outputs), 0, last_s)
+def rule(
+    rule_id: str, *outputs: OutputStats, state: str = "active", last_s: float | None = 1000.5, **of_streams: Any
+) -> RuleStats:
+    return RuleStats(rule_id, state, 3, 30, 3, 30, 0.0, 0.0, list(outputs), 0, last_s, **of_streams)
 
 
+def stream(source: str, silent_ms: float = 1.0, jitter_us: float | None = None, core: int = 2) -> StreamHealth:
+    """A stream as a worker tells it; with a jitter it is RTP."""
+    health = None if jitter_us is None else RtpHealth(7, 33, 0, 0, 0, jitter_us, jitter_us, 0, 0)
+    return StreamHealth(
+        core=core,
+        ring=0,
+        interface="lo",
+        source=source,
+        destination="239.1.1.1:5001",
+        payload="udp" if health is None else "rtp",
+        packets=1,
+        bytes=1,
+        first_packet_ns=1,
+        last_packet_ns=1,
+        silent_ms=silent_ms,
+        gaps=0,
+        gap_last_ms=0.0,
+        gap_max_ms=0.0,
+        malformed=0,
+        rtp=health,
+    )
+
+
+AT_MOST = [10 * i for i in range(len(LATENCY_BOUNDS_NS))]
+
+LATENCY = Latency(1000, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, sum_us=2_500_000.0, at_most=AT_MOST)
 WORKER = WorkerStats(
     *(2, 77, "running", 1.0, 9, 90, 8, 7, 70, 0.0, 0.0, 80),
     {"ring_full": 5, "send_error": 1, "send_error_errno_1": 1},
     stats_segment="mcr_dp_c2_stats",
     restarts=4,
+    latency=LATENCY,
 )
+OF_STREAMS: dict[str, Any] = {
+    "streams": [stream("10.0.0.1:1", jitter_us=40.0), stream("10.0.0.2:1", jitter_us=900.0)],
+    "rtp": RtpTotals(15, 5, 4),
+    "mpeg_ts": MpegTsTotals(23, 1),
+}
 STATS = Stats(
     *(1, 12.5, 9, 90, 8, 7, 70, 0.0, 0.0, {}),
-    [rule("tv", output("239.2.2.2:6001:lo")), rule("radio", state="waiting: no interface", last_s=None)],
+    [rule("tv", output("239.2.2.2:6001:lo"), **OF_STREAMS), rule("radio", state="waiting: no interface", last_s=None)],
     [WORKER],
 )
 
@@ -109,17 +147,39 @@ def test_names_are_exposed_as_the_table_says(families: tuple[Family, ...]) -> No
     assert told == {name for family in families for name in family.exposed()}
 
 
-def test_a_rule_can_have_a_histogram() -> None:
-    """As a row of the table, without another line of code."""
-    latency = Family(
-        *("histogram", "mcr_rule_latency", "seconds", "A test's.", ("rule",)),
-        lambda stats: [((rule.rule_id,), ([("0.001", 2.0), ("+Inf", 3.0)], 0.25)) for rule in stats.rules],
-    )
-    text = generate_latest(registry(families=(latency,))).decode()
-    assert 'mcr_rule_latency_seconds_bucket{le="0.001",rule="tv"} 2.0' in text
-    assert 'mcr_rule_latency_seconds_count{rule="tv"} 3.0' in text
-    assert 'mcr_rule_latency_seconds_sum{rule="tv"} 0.25' in text
-    assert latency.exposed()[0] == "mcr_rule_latency_seconds_bucket"
+def test_faults_of_streams_are_those_of_the_rule() -> None:
+    assert value("mcr_rule_rtp_lost_packets_total", rule="tv") == 15
+    assert value("mcr_rule_rtp_reordered_packets_total", rule="tv") == 5
+    assert value("mcr_rule_rtp_duplicate_packets_total", rule="tv") == 4
+    assert value("mcr_rule_ts_continuity_errors_total", rule="tv") == 23
+    assert value("mcr_rule_ts_sync_losses_total", rule="tv") == 1
+    assert value("mcr_rule_rtp_jitter_seconds", rule="tv") == 0.0009
+    for name in ("rtp_lost_packets_total", "ts_continuity_errors_total", "rtp_jitter_seconds"):
+        assert value(f"mcr_rule_{name}", rule="radio") is None, "nothing was looked into"
+    assert (value("mcr_rule_streams", rule="tv"), value("mcr_rule_streams", rule="radio")) == (2, 0)
+
+
+def test_sources_that_have_ended_are_none_and_one_of_two_workers_is_one() -> None:
+    seen = [stream("10.0.0.1:1"), stream("10.0.0.1:1", core=3), stream("10.0.0.2:1", 60_000, 10_000.0)]
+    stats = msgspec.structs.replace(STATS, rules=[rule("tv", streams=seen)])
+    assert value("mcr_rule_streams", stats, rule="tv") == 1
+    assert value("mcr_rule_rtp_jitter_seconds", stats, rule="tv") is None
+
+
+def test_latency_is_a_histogram_of_few_buckets() -> None:
+    text = generate_latest(registry()).decode()
+    buckets = re.findall(r'mcr_worker_relay_latency_seconds_bucket{core="2",le="(.*)"} (.*)', text)
+    assert len(buckets) <= 20
+    assert [float(bound) for bound, _ in buckets[:-1]] == [bound_ns / 1e9 for bound_ns in LATENCY_BOUNDS_NS]
+    assert [float(count) for _, count in buckets] == [*AT_MOST, 1000]
+    assert value("mcr_worker_relay_latency_seconds_count", core="2") == 1000
+    assert value("mcr_worker_relay_latency_seconds_sum", core="2") == 2.5
+
+
+@pytest.mark.parametrize("latency", [None, msgspec.structs.replace(LATENCY, at_most=[])])
+def test_a_worker_that_relayed_nothing_and_one_of_an_older_relay_have_none(latency: Latency | None) -> None:
+    stats = msgspec.structs.replace(STATS, workers=[msgspec.structs.replace(WORKER, latency=latency)])
+    assert value("mcr_worker_relay_latency_seconds_count", stats, core="2") is None
 
 
 def test_any_name_of_an_interface_is_a_label() -> None:
