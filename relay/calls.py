@@ -154,7 +154,10 @@ def unreachable(path: Path, error: OSError) -> UnreachableError:
 
 def too_slow(path: Path, timeout_s: float) -> UnreachableError:
     """No answer in time."""
-    return UnreachableError(f"{path}: no answer within {timeout_s:g} s")
+    return UnreachableError(
+        f"{path}: no answer within {timeout_s:g} s: if its mcrd is gone, start it again with the same options: "
+        "workers relay meanwhile, and it takes them over"
+    )
 
 
 def lost(path: Path, request: api.Request, reason: str) -> UnreachableError:

@@ -143,6 +143,7 @@ def merge(file_options: dict[str, Any], command_line: dict[str, Any]) -> Options
     for path, message in faults(together, Options):
         raise ConfigError(f"command line: {path[0]}: {message}{HINTS.get(path, '')}")
     options = msgspec.convert(together, Options)
+    options = msgspec.structs.replace(options, interfaces=tuple(dict.fromkeys(options.interfaces)))
     if not options.interfaces:
         raise ConfigError("no interface: give --interface, or `interfaces` in the configuration")
     if options.instance is not None:
@@ -161,7 +162,9 @@ def sinks(options: Options) -> list[Described]:
 
 
 def socket_path(options_socket: str | None, instance: str | None) -> Path:
-    """Where the control socket is."""
+    """Where the control socket is. Raises ConfigError for an instance that can't be."""
+    if instance is not None and re.fullmatch(INSTANCE, instance) is None:
+        raise ConfigError(f"instance {instance!r}{HINTS['instance',]}")
     if options_socket is not None:
         return Path(options_socket)
     return RUN_DIRECTORY / f"{instance or 'control'}.sock"

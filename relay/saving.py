@@ -87,9 +87,18 @@ def _blocks(examined: Examined, lines: list[str], entries: Iterable[Entry]) -> I
 def _entry_lines(entry: Entry, lines: list[str], rules: Mapping[str, Rule]) -> list[str]:
     """What takes the place of an entry that is not active as it stands."""
     left = [rules[rule.rule_id] for rule in entry.rules if rule.rule_id in rules]
-    if len(entry.rules) == 1 and left and not any("{" in line for line in lines if "=" in line):
-        return _edited(entry.rules[0], left[0], "\n".join(lines)).split("\n")
+    text = "\n".join(lines)
+    if len(entry.rules) == 1 and left and not _has_fields(tomlkit.parse(text).unwrap()):
+        return _edited(entry.rules[0], left[0], text).split("\n")
     return "\n".join(map(written, left)).rstrip("\n").split("\n") if left else []
+
+
+def _has_fields(value: Any) -> bool:
+    """Whether a text in there has a field of a range, such as {port}."""
+    if isinstance(value, str):
+        return "{" in value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_has_fields, parts))
 
 
 def _edited(before: Rule, after: Rule, text: str) -> str:
@@ -188,4 +197,4 @@ def replace_file(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        raise ConfigError(f"{path} not written: {error.strerror}: the former one stands") from error
+        raise ConfigError(f"{path} not written: {error.strerror}: give a file in a directory of yours") from error

@@ -46,6 +46,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"setup: {message}")
 
 
+def tell(message: str) -> None:
+    """Say what takes its time."""
+    print(f"setup: {message} …", file=sys.stderr, flush=True)
+
+
 def run(*command: str) -> None:
     """Run a command; its own output says what went wrong."""
     result = subprocess.run(command, cwd=CHECKOUT, check=False)
@@ -79,6 +84,7 @@ def install() -> bool:
     if STAMP.exists() and STAMP.read_text() == wanted and PYTHON.exists():
         return False
     check_python()
+    tell("installing the locked packages into .venv: a minute")
     run(sys.executable, "-m", "venv", str(VENV))
     pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(*pip, "--require-hashes", "-r", str(LOCK))
@@ -95,6 +101,7 @@ def compile_ahead() -> bool:
     wanted = fingerprint(*sources)
     if stamp.exists() and stamp.read_text() == wanted:
         return False
+    tell("compiling the data path: a minute")
     run(str(PYTHON), "-m", "logging_shm.precompile")
     run(str(PYTHON), "-m", "relay.dataplane.precompile")
     run(str(PYTHON), "-m", "tools.precompile")
@@ -123,6 +130,7 @@ def install_programs() -> None:
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         fail(f"the tests need {', '.join(missing)}: install them, or run as root where apt-get is")
+    tell(f"installing {', '.join(missing)}, which tests use")
     os.environ["DEBIAN_FRONTEND"] = "noninteractive"
     run("apt-get", "update", "-qq")
     run("apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing)

@@ -66,5 +66,6 @@ class Commands(click.Group):
 
 
 @click.command(cls=Commands, epilog=EPILOG)
+@click.version_option(package_name="mcr", prog_name="mcrlog", message="%(prog)s, version %(version)s")
 def main() -> None:
     """Look at the log rings in /dev/shm: list, follow, dump, measure, clean up."""

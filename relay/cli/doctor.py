@@ -80,7 +80,7 @@ def _ask(path: Path, files: Files) -> tuple[running.Running | None, str]:
     try:
         return running.ask(path, files), ""
     except UnreachableError as error:
-        return None, str(error).partition(": start one")[0]
+        return None, str(error).partition(": start one")[0].partition(": if its mcrd")[0]
 
 
 def _could_be_relayed(files: Files, name: str) -> bool:

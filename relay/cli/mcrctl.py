@@ -50,6 +50,7 @@ def json_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--instance", metavar="NAME", help="The relay's instance name.")
 @click.version_option(VERSION, prog_name="mcrctl")
 @click.pass_context
+@reports_errors
 def main(context: click.Context, socket: str | None, instance: str | None) -> None:
     """Talk to a running relay."""
     context.obj = socket_path(socket, instance)

@@ -13,6 +13,7 @@ from relay.errors import RelayError
 from relay.privileges import resolve_user
 from relay.rules import Rule, check_cycles
 from relay.supervisor.main import Supervisor
+from relay.supervisor.state import check_state_place
 from relay.version import VERSION
 
 HELP = """Relay multicast: receive from packet rings, match rules, send again with io_uring.
@@ -71,6 +72,7 @@ def main(config_path: Path | None, check: bool, **command_line: Any) -> None:
         owner = resolve_user(options.user, options.group)
         cores = preflight.check(options, owner)
         if check:
+            check_state_place(options.state)
             click.echo(f"ok: {len(rules)} rules, {len(cores)} workers on {', '.join(options.interfaces)}")
             return
         origin = Origin(str(config_path.absolute()) if config_path else None, tuple(config.given(command_line)))

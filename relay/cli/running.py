@@ -26,6 +26,7 @@ from relay.rules import Rule
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 CLONE_NEWNET = 0x40000000
 MS_REC_SLAVE = 0x4000 | (1 << 19)  # MS_REC | MS_SLAVE, linux/mount.h
+ANSWER_S_MAX = 5.0  # a relay whose supervisor is gone answers nothing until the next one serves
 SEGMENT = re.compile(r"/dev/shm/mcr_(?:(?P<instance>\S+)_)?supervisor$", re.MULTILINE)
 
 
@@ -45,7 +46,7 @@ class Running:
 
 def ask(path: Path, files: Files) -> Running:
     """Ask the relay behind a control socket. Raises UnreachableError, ControlError."""
-    with Client(path) as client:
+    with Client(path, ANSWER_S_MAX) as client:
         pong = client.ask(api.Ping()).result
         listed = client.ask(api.ListRules()).result
         stats = client.ask(api.GetStats()).result

@@ -117,6 +117,10 @@ def _trouble(stream: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count) or "none"
 
 
+def _duration(duration_ms: float) -> str:
+    return f"{duration_ms:.0f} ms" if duration_ms < 10_000 else f"{duration_ms / 1000:.0f} s"
+
+
 def streams(result: dict[str, list[dict[str, Any]]]) -> None:
     """A line for each stream of each rule."""
     table = _table(
@@ -131,9 +135,9 @@ def streams(result: dict[str, list[dict[str, Any]]]) -> None:
                 stream["interface"],
                 stream["payload"],
                 str(stream["packets"]),
-                f"{stream['silent_ms']:.0f} ms",
+                _duration(stream["silent_ms"]),
                 f"{rtp['jitter_us']:.0f} µs" if rtp else "",
-                f"{stream['gap_max_ms']:.0f} ms",
+                _duration(stream["gap_max_ms"]),
                 si(mpeg_ts["bits_per_second"]) if mpeg_ts else "",
                 _trouble(stream),
             )

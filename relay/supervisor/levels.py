@@ -12,8 +12,11 @@ def choose(rings: Sequence[SharedSPSCRingBuffer], facility: str | None, core: in
     wanted = parse_facility(facility)
     chosen = [ring for ring in rings if (facility is None or ring.facility is wanted) and core in (None, ring.core)]
     if not chosen:
+        of_facility = f" of facility {facility}" if facility is not None else ""
+        of_core = f" of core {core}" if core is not None else ""
         names = ", ".join(sorted({ring.facility.name for ring in rings}))
-        raise RelayError(f"no log ring of facility {facility} and core {core}: facilities are {names}")
+        cores = ", ".join(sorted({str(ring.core) for ring in rings if ring.core is not None}))
+        raise RelayError(f"no log ring{of_facility}{of_core}: facilities are {names}, cores of workers {cores}")
     return chosen
 
 

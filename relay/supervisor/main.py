@@ -181,8 +181,9 @@ class Supervisor:
         self._stack.callback(self._log_drain.stop)
         self._log.info("Starting MCR supervisor")
         if stale.names:
-            rescued = stale.unread
-            self._log.notice(f"Removed {len(stale.names)} segments of a killed supervisor, {rescued} records rescued")
+            is_restart = self._orphans is not None and self._orphans.inventory.supervisor == os.getpid()
+            whose = "this supervisor before its restart" if is_restart else "a killed supervisor"
+            self._log.notice(f"Removed {len(stale.names)} segments of {whose}, {stale.unread} records rescued")
         for line in lines:
             self._log.notice(line)
         self._restarter = Restarter(self._timers)

@@ -156,7 +156,10 @@ class Memberships:
             holder.bind((listen.address, listen.port))
         except OSError as error:
             holder.close()
-            raise RelayError(f"{listen.address}:{listen.port} is not held for the relay: {error.strerror}") from error
+            raise RelayError(
+                f"{listen.address}:{listen.port} is not held for the relay: {error.strerror}: give an address of this "
+                "host, or a multicast group"
+            ) from error
         self._held[listen] = holder
 
     def close(self) -> None:

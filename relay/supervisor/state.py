@@ -21,6 +21,7 @@ FILE_MODE = 0o600
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
+REMEDY = "give --state a file in an existing directory of the relay's own"
 
 Document = TypeVar("Document", bound=msgspec.Struct)
 
@@ -127,8 +128,14 @@ class StateFile(Generic[Document]):
         self._unfinished.unlink(missing_ok=True)
 
 
+def check_state_place(path: str | None) -> None:
+    """Raises PreflightError when a state file could not be written there. Touches nothing."""
+    if path is not None and not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise PreflightError(f"state file {path}: its directory can't be written to: {REMEDY}")
+
+
 def state_file(path: Path | None, control_socket: Path) -> StateFile[State]:
     """Where rules are kept: in `path` for good, or beside the control socket until a clean stop."""
     if path is not None:
-        return StateFile(path, State, check, "give --state a file in an existing directory of the relay's own")
+        return StateFile(path, State, check, REMEDY)
     return StateFile(control_socket.with_suffix(".state"), State, check, "give --socket another place")

@@ -122,7 +122,10 @@ def test_a_restart_is_not_repeated(tmp_path: Path, run: Run) -> None:
 def test_a_late_answer_is_not_taken_for_that_of_the_next_request(tmp_path: Path, run: Run) -> None:
     with server(tmp_path / "s", stays_silent, answers):
         late, next_one = run(tmp_path / "s", 0.2, api.Ping(), api.Ping())
-    assert str(late) == f"{tmp_path}/s: no answer within 0.2 s"
+    assert str(late) == (
+        f"{tmp_path}/s: no answer within 0.2 s: if its mcrd is gone, start it again with the same options: "
+        "workers relay meanwhile, and it takes them over"
+    )
     assert next_one == {"version": "9"}
 
 

@@ -27,6 +27,16 @@ def test_options_and_rules_are_read() -> None:
     assert [output.dscp for output in rule.outputs] == [None, 34]
 
 
+def test_an_interface_that_is_given_twice_is_one() -> None:
+    """Each would be asked for its datagrams, and each would relay them."""
+    assert merge({}, {"interfaces": ("a", "b", "a")}).interfaces == ("a", "b")
+
+
+def test_an_instance_that_can_not_be_has_no_socket() -> None:
+    with pytest.raises(ConfigError, match="give 1 to 24 letters"):
+        socket_path(None, "a/b")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

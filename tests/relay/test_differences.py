@@ -161,6 +161,17 @@ def test_a_changed_rule_changes_its_own_keys_and_no_comment() -> None:
     ]
 
 
+def test_an_output_that_is_a_table_is_no_range() -> None:
+    table = '{ group = "239.2.2.2", port = 6001, interface = "eth1", dscp = 34 }'
+    text = FILE.replace('"239.2.2.2:6001:eth1",   # spare', f"{table},   # spare")
+    first, *rest = parse(text, "f")[1]
+    changed = msgspec.structs.replace(first, outputs=first.outputs[:1], stall_ms=500)
+    saved = updated(text, "f", [changed, *rest])
+    assert 'rule_id = "a"   # A!' in saved
+    assert '    "239.2.2.1:6001:eth1",   # main' in saved
+    assert "stall_ms = 500" in saved
+
+
 def test_a_removed_rule_goes_with_its_comment_and_no_other() -> None:
     removed = [line.removeprefix("- ") for line in changes_of([r for r in FILED if r.rule_id != "b"])]
     assert "\n".join(removed).strip() == FILE[FILE.index("# camera two") : FILE.index("# twelve")].strip()

@@ -132,6 +132,8 @@ def test_a_graceful_restart_loses_nothing(line: Line, start_relay: StartRelay, t
             assert relay.process.poll() is None
             assert not former & workers(relay)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    assert "of this supervisor before its restart" in relay.text()
+    assert "killed" not in relay.text()
     relay.assert_accounted()
     children = psutil.Process(relay.pid).children()
     assert all(child.status() != psutil.STATUS_ZOMBIE for child in children)

@@ -236,6 +236,9 @@ def test_check_starts_nothing(line: Line, tmp_path: Path) -> None:
     result = line.hosts[1].run(command, capture_output=True)
     assert (result.returncode, result.stdout) == (0, "ok: 1 rules, 2 workers on left\n"), result.stderr
     assert list(Path("/dev/shm").glob("mcr_checked_*")) == []
+    nowhere = line.hosts[1].run([*command, "--state", str(tmp_path / "nowhere" / "state")], capture_output=True)
+    assert nowhere.returncode == 1
+    assert "its directory can't be written to: give --state a file" in nowhere.stderr
 
 
 def test_garbage_on_the_control_socket_is_answered_and_stops_nothing(line: Line, start_relay: StartRelay) -> None:

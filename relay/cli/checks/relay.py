@@ -16,7 +16,11 @@ STOPPED = {"T": "is stopped by a signal", "t": "is held by a debugger", "D": "wa
 def relay(situation: Situation) -> Iterator[Found]:
     """Whether a relay answers."""
     if situation.relay is None:
-        yield Found("note", f"{situation.silence}: host checks only", "mcrctl ping", "sudo mcrd --interface INTERFACE")
+        told = f"{situation.silence}: host checks only"
+        if "no answer within" in situation.silence:
+            yield Found("problem", told, "mcrctl ping", "start mcrd again with its options: it takes workers over")
+        else:
+            yield Found("note", told, "mcrctl ping", "sudo mcrd --interface INTERFACE")
         return
     number, name = len(situation.relay.rules), f"mcrd {situation.relay.version}"
     yield Found("ok", f"{name} answers, with {number} rules", "mcrctl ping")
