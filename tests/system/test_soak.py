@@ -112,7 +112,8 @@ def test_faults_at_random_lose_nothing(
 ) -> None:
     seconds = request.config.getoption("--minutes") * 60 or SECONDS
     gen, host, sink = line.hosts
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "64")
+    # A worker that dies while the template does, too, waits for a new one: a second, more on a busy machine.
+    relay = start_relay(host, ("left",), 1, "--ring-mib", "256")
     relay.add("kept", IN, OUT)
     faults, chance = Faults(relay, tmp_path), random.Random(SEED)
     count = int(seconds * PPS)
