@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,16 @@ import click
 import msgspec
 
 from relay import api
+from relay.cli.options import json_option, reports_errors
 from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
 from relay.differences import Differences, FieldChange, compare, compare_options
-from relay.errors import ConfigError, ExitCode, RelayError
+from relay.errors import ConfigError, ExitCode
 from relay.rules import Rule, chain_warnings, fingerprint, output_name
 
 DIFF_FAILED = 2  # as of diff(1): 0 the same, 1 different, 2 trouble
 
-Command = Callable[..., None]
-
 file_argument = click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -46,23 +44,6 @@ class Saved(msgspec.Struct, frozen=True):
     file: str
     rules: int
     is_changed: bool
-
-
-def reports_errors(exit_code: int | None = None) -> Callable[[Command], Command]:
-    """A line on stderr for each error, and this exit code or the error's own."""
-
-    def decorate(command: Command) -> Command:
-        @functools.wraps(command)
-        def wrapper(*args: Any, **kwargs: Any) -> None:
-            try:
-                command(*args, **kwargs)
-            except RelayError as error:
-                click.echo(f"mcrctl: {error}", err=True)
-                sys.exit(error.exit_code if exit_code is None else exit_code)
-
-        return wrapper
-
-    return decorate
 
 
 @click.group("config")
@@ -94,7 +75,7 @@ def _load(file: Path) -> Examined:
 @config.command("check")
 @file_argument
 @json_option
-@reports_errors()
+@reports_errors
 def check(file: Path, as_json: bool) -> None:
     """Check FILE, without a relay: every error with its line. Exit status 0 when there is none, else 1."""
     examined = examine(read_text(file), str(file))
@@ -188,7 +169,7 @@ def _show(differences: Differences) -> None:
 @config.command("diff")
 @file_argument
 @json_option
-@reports_errors(DIFF_FAILED)
+@functools.partial(reports_errors, exit_code=DIFF_FAILED)
 def diff(file: Path, as_json: bool) -> None:
     """What is other in FILE than in the running relay. Exit status 0: nothing, 1: something, 2: an error."""
     examined = _load(file)
@@ -209,7 +190,7 @@ def diff(file: Path, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Show what would change, and what the relay would refuse.")
 @click.option("--yes", is_flag=True, help="Do not ask before.")
 @json_option
-@reports_errors()
+@reports_errors
 def apply(file: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Make the relay's rules those of FILE: what differs is changed at once or not at all, other streams go on.
 
@@ -270,7 +251,7 @@ def _agreed() -> bool:
 @config.command("save")
 @file_argument
 @json_option
-@reports_errors()
+@reports_errors
 def save(file: Path, as_json: bool) -> None:
     """Write the relay's rules to FILE. One that exists keeps its options, comments and order."""
     from relay.saving import replace_file, updated  # tomlkit is slow to load

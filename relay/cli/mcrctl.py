@@ -1,10 +1,6 @@
 """mcrctl: the control client. Each command is one request; --json prints the answer as it came."""
 
-import functools
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -15,34 +11,16 @@ from relay.cli.capture.command import capture
 from relay.cli.config import config
 from relay.cli.doctor import doctor
 from relay.cli.explain import explain
+from relay.cli.options import json_option, reports_errors
 from relay.cli.schema import schema
 from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
-from relay.errors import ControlError, RelayError, RuleError
+from relay.errors import ControlError, RuleError
 from relay.ranges import ConfiguredOutput, ConfiguredRule, expand
 from relay.rules import parse_ttl, split_output
 from relay.version import VERSION
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """One line on stderr and the error's exit code."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except RelayError as error:
-            click.echo(f"mcrctl: {error}", err=True)
-            sys.exit(error.exit_code)
-
-    return wrapper
-
-
-def json_option(command: Callable[..., None]) -> Callable[..., None]:
-    """--json for a command."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 @click.group(epilog="Example: mcrctl add-rule --input-group 239.1.1.1 --input-port 5001 --output 239.2.2.2:6001:lo")

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -37,33 +38,36 @@ STRANGER = pwd.getpwnam("daemon")
 GROUP = grp.getgrnam("staff")
 FLOODS = 1000
 BACK_S_MAX = 1.0  # promised: from the control plane's death to an answer
+TOLD = 3  # the descriptor by which a process of another user is heard
 CHANGE = b'{"type":"log-level","level":"info"}'
 LOOK = b'{"type":"ping"}'
 
 
 @contextmanager
-def process_of(uid: int, gids: tuple[int, ...], path: Path, run: Callable[[], bytes]) -> Iterator[Callable[[], bytes]]:
-    """Run something as another user, in the socket's folder; gives a function that waits for what it returned."""
+def process_of(uid: int, gids: tuple[int, ...], path: Path, run: Callable[[], bytes]) -> Iterator[IO[bytes]]:
+    """Run something as another user, in the socket's folder; what it returns, or writes to TOLD, can be read."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.close(reader)
+            if writer != TOLD:
+                os.dup2(writer, TOLD)
             os.chdir(path.parent)
             os.setgroups(gids)
             os.setresgid(STRANGER.pw_gid, STRANGER.pw_gid, STRANGER.pw_gid)
             os.setresuid(uid, uid, uid)
-            os.write(writer, run())
+            os.write(TOLD, run())
             status = 0
         except Exception:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())  # sys.stderr may be a file of the tests that is closed here
         finally:
             os._exit(status)
     os.close(writer)
     try:
         with os.fdopen(reader, "rb") as result:
-            yield result.read
+            yield result
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -83,7 +87,7 @@ def answer_to(relay: Relay, request: bytes, uid: int, *gids: int) -> bytes:
     """What another user is answered."""
     relay.socket.parent.chmod(0o711)
     with process_of(uid, gids, relay.socket, lambda: ask_raw(relay.socket.name, request)) as answer:
-        return answer()
+        return answer.read()
 
 
 @pytest.fixture
@@ -139,8 +143,8 @@ def test_wrong_options_of_the_socket_are_refused(line: Line, options: tuple[str,
 
 def flood(name: str, requests: list[bytes], sockets: int) -> None:
     """Ask on many connections without reading an answer; open another for each that is closed."""
-    os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # what the tests had open counts, too
-    dice = random.Random(1)
+    os.closerange(TOLD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # what the tests had open counts, too
+    dice, made = random.Random(1), 0
     with selectors.DefaultSelector() as selector:
 
         def connect() -> None:
@@ -156,6 +160,9 @@ def flood(name: str, requests: list[bytes], sockets: int) -> None:
         while True:
             for _ in range(min(sockets - len(selector.get_map()), 50)):
                 connect()
+                made += 1
+                if made == sockets:
+                    os.write(TOLD, b"under way\n")
             for key, _ in selector.select(0.01):
                 client = key.fileobj
                 assert isinstance(client, socket.socket)
@@ -184,8 +191,8 @@ def test_a_thousand_floods_keep_nobody_from_an_answer(relay: Relay) -> None:
         flood(relay.socket.name, [request * 20 for request in requests[:4]] + requests[4:], FLOODS)
         return b""
 
-    with process_of(STRANGER.pw_uid, (), relay.socket, run):
-        relay.wait_for_log("Command log-level refused")  # the floods are under way
+    with process_of(STRANGER.pw_uid, (), relay.socket, run) as told:
+        assert told.readline() == b"under way\n"
         commands: list[api.Request] = [api.Ping(), api.GetStats(), api.ListRules(), api.LogLevel("info")]
         took_s: dict[str, list[float]] = {}
         for number in range(3):
