@@ -27,9 +27,7 @@ COPIES_HEADER = np.dtype(
 ARENA_OFFSET = -(-COPIES_HEADER.itemsize // PAGE_BYTES) * PAGE_BYTES
 COPIES_BYTES = ARENA_OFFSET + RINGS_MAX * COPY_SLOTS * COPY_SLOT_BYTES
 
-F_ADD_SEALS = 1033
-F_GET_SEALS = 1034
-SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: it can't be cut under its readers
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # it can't be cut under its readers
 
 
 class Copies:
@@ -44,7 +42,7 @@ class Copies:
         descriptor = os.memfd_create("mcr_copies", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, COPIES_BYTES)
-            fcntl.fcntl(descriptor, F_ADD_SEALS, SEALS)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
         except BaseException:
             os.close(descriptor)
             raise
@@ -53,7 +51,7 @@ class Copies:
     @staticmethod
     def is_one(descriptor: int) -> bool:
         """Whether a descriptor is of a copy arena. Raises OSError when it is of no memory file."""
-        return fcntl.fcntl(descriptor, F_GET_SEALS) == SEALS and os.fstat(descriptor).st_size == COPIES_BYTES
+        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS and os.fstat(descriptor).st_size == COPIES_BYTES
 
     def forget(self, ring_number: int) -> None:
         """Nothing fetched of this ring is wanted any more: its number goes to another. Raises OSError."""

@@ -18,8 +18,7 @@ from relay.dataplane.hashing import hash_key
 from relay.dataplane.memory import TABLE_ENTRIES_MAX, address_of
 from relay.errors import RuleError
 
-F_ADD_SEALS = 1033  # linux/fcntl.h
-F_SEALS = 0x0001 | 0x0002 | 0x0004 | 0x0008  # F_SEAL_SEAL | SHRINK | GROW | WRITE
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 ALIGNMENT_BYTES = 64
 
 # The arrays behind the header: their name in TABLE, their count's in TABLE_HEADER, and their layout, in file order.
@@ -205,7 +204,7 @@ def publish(table: bytes) -> int:
         view = memoryview(table)
         while view:
             view = view[os.write(fd, view) :]
-        fcntl.fcntl(fd, F_ADD_SEALS, F_SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except BaseException:
         os.close(fd)
         raise

@@ -194,6 +194,12 @@ class Relay:
         print(f"--- log of {self.instance} ---\n{self.text()}")  # shown when the test failed
 
 
+def template_of(relay: Relay) -> psutil.Process:
+    """The process that the relay's workers are forked from."""
+    children = psutil.Process(relay.pid).children()
+    return next(child for child in children if "relay.dataplane.template" in child.cmdline())
+
+
 class Tool:
     """A running send_mcast.py or recv_mcast.py: ready, that is, sending or joined."""
 

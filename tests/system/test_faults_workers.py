@@ -23,7 +23,17 @@ import pytest
 from relay.dataplane.counters import StatsSegment
 from relay.supervisor.health import HANG_S, YOUNG_S
 from tests.system.conftest import StartRelay
-from tests.system.harness import DEADLINE_S, PYTHON, Relay, assert_perfect, receiving, relay_some, send, wait_until
+from tests.system.harness import (
+    DEADLINE_S,
+    PYTHON,
+    Relay,
+    assert_perfect,
+    receiving,
+    relay_some,
+    send,
+    template_of,
+    wait_until,
+)
 from tools.netns import Host, Line
 
 PPS = 50_000
@@ -276,9 +286,7 @@ class Killer:
 
     def __init__(self, relay: Relay, core: int, number: signal.Signals = signal.SIGKILL) -> None:
         self._number = number
-        self._template = next(
-            child for child in psutil.Process(relay.pid).children() if "relay.dataplane.template" in child.cmdline()
-        )
+        self._template = template_of(relay)
         self._core = core
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -338,11 +346,6 @@ def test_the_only_worker_that_keeps_dying_is_said_and_started_again(line: Line, 
     relay.wait_for_log(f"[Notice] [Supervisor] The worker of core {core} has recovered: it stays alive")
     assert relay.ask("list-workers")[0]["state"] == "running"
     relay.stop()
-
-
-def template_of(relay: Relay) -> psutil.Process:
-    children = psutil.Process(relay.pid).children()
-    return next(child for child in children if "relay.dataplane.template" in child.cmdline())
 
 
 @pytest.mark.parametrize("when", ["before the exit", "before the start"])

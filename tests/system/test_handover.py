@@ -18,7 +18,18 @@ import pytest
 
 from relay.dataplane.counters import StatsSegment
 from tests.system.conftest import StartRelay
-from tests.system.harness import BIN, PPS, PYTHON, Relay, receiver, relay_some, relayed_whole, sender, wait_until
+from tests.system.harness import (
+    BIN,
+    PPS,
+    PYTHON,
+    Relay,
+    receiver,
+    relay_some,
+    relayed_whole,
+    sender,
+    template_of,
+    wait_until,
+)
 from tools.netns import Host, Line
 
 TURNS = int(os.environ.get("MCR_HANDOVER_TURNS", "2"))  # of what is done again and again
@@ -218,7 +229,7 @@ def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
     add_to_lasting(relay)
     former = workers(relay)
-    (template,) = [p for p in psutil.Process(relay.pid).children() if "relay.dataplane.template" in p.cmdline()]
+    template = template_of(relay)
     relay.process.send_signal(signal.SIGSTOP)  # so that it starts no other template
     template.kill()
     kill_supervisor(relay)

@@ -18,12 +18,12 @@ from tests.system.conftest import StartRelay
 from tests.system.harness import (
     BIN,
     STOP_S,
-    Relay,
     assert_perfect,
     receiver,
     relay_some,
     relayed_whole,
     send,
+    template_of,
     wait_until,
 )
 from tests.system.test_handover import IN, OUT, is_alive, is_published, kill_supervisor, workers
@@ -34,11 +34,6 @@ FEW = 1000
 MANY_INPUTS = 1100  # select(2) takes descriptors up to 1 023
 RESTARTS = 3
 SETTLED_LOOKS = 5
-
-
-def template_of(relay: Relay) -> psutil.Process:
-    children = psutil.Process(relay.pid).children()
-    return next(child for child in children if "relay.dataplane.template" in child.cmdline())
 
 
 def relays_few(line: Line, folder: Path) -> None:

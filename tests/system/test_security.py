@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pytest
 
 from relay.confinement.capabilities import AT_START, SUPERVISOR
 from relay.confinement.seccomp import CONTROL_PLANE, TEMPLATE, WORKER
+from tests.syscall_filter import allowed_calls
 from tests.system.conftest import StartRelay
 from tests.system.harness import BIN, PYTHON, Relay, assert_perfect, receiving, send, wait_until
 from tests.system.service import UNIT, unit_capabilities
@@ -225,24 +226,8 @@ def test_a_service_that_is_not_root_relays_recovers_and_starts_anew(
     assert "SIGSYS" not in service.stop()
 
 
-def calls_of(words: Iterable[str], sets: dict[str, set[str]]) -> set[str]:
-    """The system calls that these words mean: names, and systemd's groups."""
-    return set().union(*(calls_of(sets[word], sets) if word.startswith("@") else {word} for word in words))
-
-
 def test_the_unit_lets_every_call_pass_that_a_process_needs() -> None:
-    command = ["systemd-analyze", "syscall-filter", "--no-pager"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sets: dict[str, set[str]] = {}
-    for line in printed.splitlines():
-        if line.startswith("@"):
-            sets[line] = names = set()
-        elif line.startswith("    ") and "#" not in line:
-            names.add(line.strip())
-    allowed: set[str] = set()
-    for line in re.findall(r"^SystemCallFilter=(.*)$", UNIT.read_text(), re.MULTILINE):
-        calls = calls_of(line.removeprefix("~").split(), sets)
-        allowed = allowed - calls if line.startswith("~") else allowed | calls
+    allowed = allowed_calls(UNIT)
     needed = {*CONTROL_PLANE, *WORKER, *TEMPLATE, "execve", "memfd_create", "pidfd_open", "pidfd_send_signal"}
     assert needed - allowed == set()
     assert {"mount", "setuid", "ptrace", "bpf", "chown", "init_module"} & allowed == set()

@@ -13,10 +13,12 @@ import pytest
 
 from relay.metrics import collector
 from relay.metrics.families import FAMILIES
+from tests.syscall_filter import allowed_calls
 from tests.system.harness import wait_until
 from tools.environment import CHECKOUT
 
 PROMETHEUS = CHECKOUT / "packaging" / "prometheus"
+UNITS = CHECKOUT / "packaging" / "systemd"
 DASHBOARD = CHECKOUT / "packaging" / "grafana" / "mcr.json"
 NAMES = {name for family in FAMILIES for name in family.exposed()}
 NAMES |= {collector.UP[0], collector.BUILD[0] + "_info", collector.OMITTED[0]}
@@ -76,7 +78,7 @@ def test_the_documentation_has_every_metric_and_no_other() -> None:
 
 @pytest.mark.parametrize("unit", ["mcr-metrics.service", "mcr-metrics@.service"])
 def test_the_unit_is_valid_and_exposes_little(tmp_path: Path, unit: str) -> None:
-    source = (CHECKOUT / "packaging" / "systemd" / unit).read_text()
+    source = (UNITS / unit).read_text()
     copy = tmp_path / unit.replace("@", "@test")
     copy.write_text(source.replace("ExecStart=/usr/bin/mcrctl", f"ExecStart={Path(sys.executable).parent}/mcrctl"))
     verified = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False)
@@ -87,29 +89,8 @@ def test_the_unit_is_valid_and_exposes_little(tmp_path: Path, unit: str) -> None
 
 
 def directives(unit: str, name: str) -> list[str]:
-    text = (CHECKOUT / "packaging" / "systemd" / unit).read_text()
+    text = (UNITS / unit).read_text()
     return re.findall(rf"^{name}=(.*)$", text, re.MULTILINE)
-
-
-def allowed_calls(unit: str) -> set[str]:
-    """The system calls that a unit's filter lets pass, as systemd resolves its groups."""
-    command = ["systemd-analyze", "syscall-filter", "--no-pager"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    groups: dict[str, set[str]] = {}
-    for line in printed.splitlines():
-        if line.startswith("@"):
-            groups[line] = members = set()
-        elif line.startswith("    ") and "#" not in line:
-            members.add(line.strip())
-
-    def calls(word: str) -> set[str]:
-        return set().union(*map(calls, groups[word])) if word.startswith("@") else {word}
-
-    allowed: set[str] = set()
-    for line in directives(unit, "SystemCallFilter"):
-        named = set().union(*map(calls, line.removeprefix("~").split()))
-        allowed = allowed - named if line.startswith("~") else allowed | named
-    return allowed
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +120,7 @@ def test_the_unit_allows_what_the_process_does(traced: str, unit: str) -> None:
     """As no test has systemd to run it: its calls, address families, and memory that is written and executed."""
     called = set(re.findall(r"^\d+ +(\w+)\(", traced, re.MULTILINE))
     assert {"socket", "accept4", "connect", "execve"} <= called
-    assert called - allowed_calls(unit) - {"arch_prctl"} == set()  # @default of later systemd versions
+    assert called - allowed_calls(UNITS / unit) - {"arch_prctl"} == set()  # @default of later systemd versions
     families = set(re.findall(r"socket\((AF_\w+)", traced))
     listens = {"AF_INET"} if unit == "mcr-metrics@.service" else set()  # that one listens on a unix socket
     assert families - listens <= set(directives(unit, "RestrictAddressFamilies")[0].split())
