@@ -14,8 +14,9 @@ from relay.cli.options import json_option, reports_errors
 from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
 from relay.differences import Differences, FieldChange, compare, compare_options
-from relay.errors import ConfigError, ExitCode
+from relay.errors import ConfigError, ExitCode, UsageError
 from relay.rules import Rule, chain_warnings, fingerprint, output_name
+from relay.wording import counted
 
 DIFF_FAILED = 2  # as of diff(1): 0 the same, 1 different, 2 trouble
 
@@ -91,7 +92,7 @@ def check(file: Path, as_json: bool) -> None:
     if errors:
         sys.exit(ExitCode.FAILURE)
     if not as_json:
-        click.echo(f"ok: {len(rules)} rules")
+        click.echo(f"ok: {counted(len(rules), 'rule')}")
 
 
 # --- diff -----------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def apply(file: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     Options that differ are shown; they take effect at a restart.
     """
     if as_json and not (yes or dry_run):
-        raise ConfigError("nobody is asked with --json: give --yes, too, or --dry-run")
+        raise UsageError("nobody is asked with --json: give --yes, too, or --dry-run")
     examined = _load(file)
     with Client(click.get_current_context().obj) as client:
         running, started = running_rules(client), started_with(client)
@@ -265,4 +266,5 @@ def save(file: Path, as_json: bool) -> None:
     if as_json:
         _print_json(Saved(str(file), len(rules), text != former))
     else:
-        click.echo(f"{len(rules)} rules saved to {file}" if text != former else f"{file} has these rules already")
+        saved = f"{counted(len(rules), 'rule')} saved to {file}"
+        click.echo(saved if text != former else f"{file} has these rules already")

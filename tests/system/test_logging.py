@@ -96,10 +96,10 @@ def test_a_log_file_is_opened_anew_on_sighup_and_no_line_is_lost(
     log.rename(moved)
     relay.process.send_signal(signal.SIGHUP)
     wait_until(log.exists, "the file is there again")
-    relay.ask("list-rules")
+    relay.add("anew", "239.1.1.1:5001", "239.2.2.2:6001:right")
     whole = relay.stop()
     assert "Received command ping" in moved.read_text()
-    assert "Received command list-rules" in log.read_text()
+    assert "Received command add-rules" in log.read_text()
     assert moved.read_text() + log.read_text() == whole
 
 

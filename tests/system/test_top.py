@@ -158,6 +158,7 @@ def is_restored(terminal: Terminal) -> bool:
 
 
 def test_eighty_columns_show_rates_and_obey_keys(line: Line, relay: Relay, tmp_path: Path) -> None:
+    relay.ask("log-level", "set", "debug", "--facility", "ControlPlane")
     with traffic(line.hosts[0]), watching(relay, tmp_path) as terminal:
         terminal.wait_for(r"mcr test.*3 rules  in .*/s  out .*/s .*bit/s")
 

@@ -9,6 +9,7 @@ from relay.cli.host import IFF_LOOPBACK, IFF_MULTICAST, IFF_UP
 from relay.rules import is_multicast
 from relay.supervisor.egress import IP_UDP_HEADER_BYTES
 from relay.supervisor.membership import IGMP_MAX_MEMBERSHIPS, Listen
+from relay.wording import counted
 
 LOOPBACK = "lo"
 RP_FILTER_STRICT = 1  # Documentation/networking/ip-sysctl.rst
@@ -126,7 +127,7 @@ def joined(situation: Situation) -> Iterator[Found]:
         remedy = "`mcrlog tail --facility Supervisor` says why; then remove the rule and add it again"
         yield Found("problem", f"not joined: {shown(missing)}", "/proc/net/igmp", remedy)
     else:
-        yield Found("ok", f"{len(wanted)} groups are joined", "/proc/net/igmp")
+        yield Found("ok", f"{counted(len(wanted), 'group')} joined", "/proc/net/igmp")
 
 
 @check(why="without a querier a switch that snoops forgets its members after some 260 s, and stops delivering")

@@ -15,6 +15,7 @@ from rich.text import Text
 from relay.cli.top.columns import ADDRESSES_RANK, BARS_RANK, COLUMNS, Column, duration, plain, short
 from relay.cli.top.view import NAME_KEY, View
 from relay.cli.top.watch import Frame, WorkerRow
+from relay.wording import counted
 
 NAME_CHARS_MIN, NAME_CHARS_MAX = 8, 40
 INPUT_CHARS = 21  # 255.255.255.255:65535
@@ -122,7 +123,7 @@ def header(frame: Frame, view: View, screen: Screen) -> list[Text]:
     sums = [sum(values) for values in zip(*((w.received, w.sent, w.sent_bits) for w in frame.workers), strict=True)]
     waiting = frame.rules.waiting()
     title = f"mcr {frame.instance}" if frame.instance else "mcr"
-    count = f"  {len(frame.rules.ids)} rules" + (f", {waiting} waiting" if waiting else "")
+    count = f"  {counted(len(frame.rules.ids), 'rule')}" + (f", {waiting} waiting" if waiting else "")
     count += ", changing" if frame.are_rules_old else ""
     traffic = f"  {rates_of(*(sums or (0, 0, 0)))}"
     clock = f"{frame.wall:%H:%M:%S}"

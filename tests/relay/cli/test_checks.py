@@ -164,7 +164,12 @@ CASES: dict[str, list[Case]] = {
             "problem",
             "not joined: 239.1.1.1 on left",
         ),
-        ({"proc/net/igmp": IGMP.format(querier="V3", group="010101EF")}, {"relay": running()}, "ok", "1 groups"),
+        (
+            {"proc/net/igmp": IGMP.format(querier="V3", group="010101EF")},
+            {"relay": running()},
+            "ok",
+            "1 group joined",
+        ),
     ],
     "querier": [
         ({}, {"probes": Probes(queriers={})}, "note", "1 s are too short to tell"),
@@ -264,11 +269,11 @@ CASES: dict[str, list[Case]] = {
     "relay": [
         ({}, {}, "note", "no relay answers: host checks only"),
         ({}, {"relay": running(is_private=False)}, "note", "may not be looked at"),
-        ({}, {"relay": running()}, "ok", "mcrd 0.1.0 answers, with 1 rules"),
+        ({}, {"relay": running()}, "ok", "mcrd 0.1.0 answers, with 1 rule"),
     ],
     "rules": [
         ({}, {"relay": running(state="waiting: interface left is down")}, "problem", "rule r1 waiting: interface left"),
-        ({}, {"relay": running()}, "ok", "1 rules are active"),
+        ({}, {"relay": running()}, "ok", "1 rule active"),
     ],
     "workers": [
         ({}, {"relay": running(is_excluded=True)}, "problem", "others have its traffic"),
