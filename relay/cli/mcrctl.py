@@ -13,6 +13,7 @@ from relay.cli.doctor import doctor
 from relay.cli.explain import explain
 from relay.cli.options import json_option, reports_errors
 from relay.cli.schema import schema
+from relay.cli.telling import tell
 from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
@@ -45,9 +46,9 @@ def _ask(request: api.Request, as_json: bool) -> api.Answer:
     with Client(path) as client:
         answer = client.ask(request)
     for warning in answer.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(answer.result)).decode())
+        tell(msgspec.json.format(msgspec.json.encode(answer.result)).decode())
     return answer
 
 
@@ -133,7 +134,7 @@ def add_rule(
         became = dict.fromkeys(answer.result["unchanged"], "unchanged")
         became |= dict.fromkeys(answer.result.get("replaced", ()), "replaced")  # earlier versions do not tell
         for rule in answer.result["rule_ids"]:
-            click.echo(f"rule {rule} {became.get(rule, 'added')}")
+            tell(f"rule {rule} {became.get(rule, 'added')}")
 
 
 @main.command("remove-rule")
@@ -145,7 +146,7 @@ def remove_rule(rule_ids: tuple[str, ...], as_json: bool) -> None:
     _ask(api.RemoveRules(rule_ids), as_json)
     if not as_json:
         for rule_id in rule_ids:
-            click.echo(f"rule {rule_id} removed")
+            tell(f"rule {rule_id} removed")
 
 
 @main.command("list-rules")
@@ -218,7 +219,7 @@ def restart(context: click.Context) -> None:
     """Start the relay anew, as after an upgrade. Its sockets and rules stay, and no datagram is lost."""
     with Client(context.obj) as client:
         replaced = client.restart()
-    click.echo(f"restarted: {counted(replaced, 'worker')} replaced")
+    tell(f"restarted: {counted(replaced, 'worker')} replaced")
 
 
 @main.command("metrics")
@@ -253,7 +254,7 @@ def _show_levels(request: api.LogLevel, as_json: bool) -> None:
     answer = _ask(request, as_json)
     if not as_json:
         for name, level in answer.result.items():
-            click.echo(f"{name}: {level}")
+            tell(f"{name}: {level}")
 
 
 @log_level.command("get")
