@@ -98,6 +98,26 @@ def test_a_unicast_input_causes_no_icmp_port_unreachable(line: Line, relay: Rela
             receive(sock)
 
 
+def test_what_is_routed_through_this_host_is_relayed_and_such_an_address_is_told_of(line: Line, relay: Relay) -> None:
+    gen, host, sink = line.hosts
+    gen.ip("route", "add", "10.9.9.9", "via", "10.1.0.2")
+    warned = relay.control("add-rule", "--rule-id", "r1", "--input-group", "10.9.9.9", "--input-port", "5001",
+                           "--output", OUT)  # fmt: skip
+    told = "warning: 10.9.9.9 is no address of this host: only what is routed through it comes to the relay"
+    assert (warned.returncode, warned.stderr.startswith(told)) == (0, True), warned.stderr
+    with sender(gen) as out, listener(sink, "239.2.2.2", 6001) as sock:
+        out.sendto(b"payload", ("10.9.9.9", 5001))
+        assert receive(sock)[0] == b"payload"
+    finding = "no address of this host: 10.9.9.9"
+    assert finding in relay.control("doctor", "--seconds", "0.1").stdout
+    host.ip("addr", "add", "10.9.9.9/32", "dev", "left")
+    wait_until(lambda: "0909090A:1389" in host.run(["cat", "/proc/net/udp"], capture_output=True).stdout, "it is held")
+    assert finding not in relay.control("doctor", "--seconds", "0.1").stdout
+    again = relay.control("add-rule", "--rule-id", "r2", "--input-group", "10.9.9.9", "--input-port", "5001",
+                          "--output", "239.2.2.3:6001:right")  # fmt: skip
+    assert (again.returncode, again.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("sent", "rule", "arrives"), [(9, "", 1), (9, ":7", 7), (9, ":decrement", 8), (2, ":decrement", 1)]
 )
