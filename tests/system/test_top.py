@@ -199,7 +199,7 @@ def test_eighty_columns_show_rates_and_obey_keys(line: Line, relay: Relay, tmp_p
         terminal.wait_for(rf"the worker on core \d+ was replaced: process {former}, now \d+")
 
         terminal.wait_for(r"^tv .* <1 s  +[▁-█]")  # neither loss nor jitter: it is no RTP
-        terminal.wait_for(r"^ +\d+ +\d+ .*% +\d+ +[\d.]+ [µm]s +[\d.]+ [µm]s$")
+        terminal.wait_for(r"^ +\d+ +\d+ .*\d % (<50|≥\d+) +\d+ +[\d.]+ [µm]s +[\d.]+ [µm]s$")
         send_damaged(line.hosts[0])
         terminal.wait_for(r"^tv .* <1 s +3 +[▁-█]")
         terminal.press("l")

@@ -168,8 +168,8 @@ def workers(frame: Frame, room: int, width: int) -> list[Text]:
         shown = sorted(shown, key=lambda w: (not w.state, -w.received))[: room - 1]
     more = len(frame.workers) - len(shown)
     wide = width >= 100
-    title = f"{'core':>4} {'pid':>7}  {'CPU':>5}  {'in/s':>6}  {'out/s':>6}  {'bit/s':>6}  {'ring':>5}  {'drops':>6}"
-    title += f"  {'lat p50':>7} {'p99':>6}"
+    title = f"{'core':>4} {'pid':>7}  {'CPU':>5}  {'in/s':>6}  {'out/s':>6}  {'bit/s':>6}  {'ring':>5} {'max':>3}"
+    title += f"  {'drops':>6}  {'lat p50':>7} {'p99':>6}"
     title += f" {more} more" if more else ("  dropped by cause" if wide else "")
     return [_title(title, width), *(_worker(worker, width) for worker in shown)]
 
@@ -180,7 +180,7 @@ def _title(text: str, width: int) -> Text:
 
 def _worker(worker: WorkerRow, width: int) -> Text:
     cpu = "" if worker.cpu_percent is None else f"{worker.cpu_percent:.0f} %"
-    full = worker.ring_fill_percent_max
+    now, full = worker.ring_fill_percent, worker.ring_fill_percent_max
     total = sum(worker.drops.values())
     p50, p99 = map(duration, worker.latency_ns) if worker.latency_ns else ("", "")
     causes = ", ".join(f"{cause} {plain(n)}" for cause, n in worker.drops.items() if n)
@@ -188,7 +188,8 @@ def _worker(worker: WorkerRow, width: int) -> Text:
         f"{worker.core:>4} {worker.pid:>7}  ",
         (f"{cpu:>5}", "yellow" if (worker.cpu_percent or 0) > 90 else ""),
         f"  {short(worker.received):>6}  {short(worker.sent):>6}  {short(worker.sent_bits):>6}  ",
-        (f"{f'≥{full} %' if full else '<50 %':>5}", "red" if full >= 95 else "yellow" if full else ""),
+        (f"{f'{now} %':>5} ", "red" if now >= 95 else "yellow" if now >= 50 else ""),
+        (f"{f'≥{full}' if full else '<50':>3}", "red" if full >= 95 else "yellow" if full else ""),
         "  ",
         (f"{plain(total):>6}", "bold red" if worker.drop_rate else "yellow" if total else "dim"),
         (f"  {worker.state}", "bold red") if worker.state else f"  {p50:>7} {p99:>6}",
