@@ -47,7 +47,7 @@ def owner(name: str, uid: int) -> int | None:
 def unread(name: str) -> int:
     """Records of a segment that nobody has read; 0 for one that can't be read at all."""
     try:
-        return SharedSPSCRingBuffer.attach(name).unread()
+        return SharedSPSCRingBuffer.attach(name, header_only=True).unread()
     except SegmentError:
         return 0
 
