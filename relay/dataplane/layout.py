@@ -234,7 +234,7 @@ class DropCause(IntEnum):
     TTL = 7  # decrement reached 0
     EGRESS_FULL = 8  # the socket buffer or the device queue had no room
     SEND_ERROR = 9  # the kernel refused: errno is counted beside
-    RING_FULL = 10  # the kernel found no free slot; counted by the kernel, kept by the supervisor
+    RING_FULL = 10  # the kernel found no free slot for a frame; counted by the kernel, kept by the supervisor
 
 
 DROP_CAUSES: Final = 16  # room for causes to come

@@ -181,8 +181,8 @@ OF_WORKERS = (
         _of_workers(lambda worker: worker.bytes_relayed),
     ),
     Family(
-        *("counter", "mcr_worker_drops", "", "Datagrams that did not leave, by cause.", (*WORKER, "cause")),
-        _worker_drops,
+        *("counter", "mcr_worker_drops", "", "Datagrams that did not leave, by cause; frames for ring_full."),
+        *((*WORKER, "cause"), _worker_drops),
     ),
     Family(
         *("counter", "mcr_worker_send_errors", "", "Drops of cause send_error, by errno.", (*WORKER, "errno")),

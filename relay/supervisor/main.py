@@ -373,9 +373,9 @@ class Supervisor:
     def _tick(self) -> None:
         """Once a second: what the kernel dropped, and a sample for the rates."""
         self._timers.after(TICK_S, self._tick)
-        for (core, interface), drops in self._fleet.count_ring_drops().items():
+        for (core, interface), frames in self._fleet.count_ring_drops().items():
             self._log.warning(
-                f"Ring of {interface} full: {drops} frames lost on core {core}", core=core, iface=interface
+                f"Ring of {interface} full: {counted(frames, 'frame')} lost on core {core}", core=core, iface=interface
             )
         for line in self._egress_watch.look(self._fleet.generation, self._fleet.egress_keys()):
             self._log.warning(line)

@@ -292,7 +292,7 @@ CASES: dict[str, list[Case]] = {
         ({"proc/7/stat": "7 (mcr) S 1 7"}, {"relay": running()}, "ok", "the worker of core 1 runs"),
     ],
     "drops": [
-        ({}, {"relay": running(drops={"ring_full": 5})}, "warning", "ring_full 5: the packet ring was full"),
+        ({}, {"relay": running(drops={"ring_full": 5})}, "warning", "ring_full 5: frames found the packet ring full"),
         (
             {},
             {"relay": running(drops={"ring_full": 5}), "relay_earlier": running(drops={"ring_full": 2})},
