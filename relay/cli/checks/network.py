@@ -107,7 +107,7 @@ def memberships(situation: Situation) -> Iterator[Found]:
         severity: Severity = "warning" if most < IGMP_MAX_MEMBERSHIPS else "note"
         yield Found(severity, text, read, remedy)
     else:
-        yield Found("ok", f"igmp_max_memberships is {most}, {joins} groups are wanted", read)
+        yield Found("ok", f"igmp_max_memberships is {most}, {counted(joins, 'group')} wanted", read)
 
 
 @check(why="what is not joined is delivered neither by a switch that snoops nor by the NIC's filter")

@@ -159,7 +159,7 @@ CASES: dict[str, list[Case]] = {
     "memberships": [
         ({f"{IPV4}/igmp_max_memberships": "0"}, {}, "problem", "no group can be joined"),
         ({f"{IPV4}/igmp_max_memberships": "5"}, {"relay": running(MANY)}, "warning", "12 joins take 3 sockets"),
-        ({f"{IPV4}/igmp_max_memberships": "20"}, {"relay": running(MANY)}, "ok", "12 groups are wanted"),
+        ({f"{IPV4}/igmp_max_memberships": "20"}, {"relay": running(MANY)}, "ok", "12 groups wanted"),
     ],
     "joined": [
         (
