@@ -144,7 +144,7 @@ def are_replaced(workers: Iterable[Mapping[str, Any]], former: frozenset[int]) -
 def unreachable(path: Path, error: OSError) -> UnreachableError:
     """Nobody answers at `path`."""
     reason = error.strerror or str(error)
-    remedy = "start one with `sudo make run IFACE=…`, or give --socket or --instance"
+    remedy = "start one with `sudo mcrd --interface …` or `sudo make run IFACE=…`, or give --socket or --instance"
     if error.errno == errno.EAGAIN:
         reason = "its queue of clients stayed full"
     elif error.errno == errno.EACCES:

@@ -126,6 +126,7 @@ class WorkerStats(msgspec.Struct):
     restarts: int = 0  # processes that ended although nobody told them to
     latency: Latency | None = None  # None: nothing was relayed yet
     frames_untracked: int = 0  # of streams for which there was no room: their health is not known
+    ring_fill_percent: dict[str, int] = {}  # of the slots of each ring, by interface, within the last 0.1 s
 
 
 class Stats(msgspec.Struct, tag=True):

@@ -234,7 +234,7 @@ class DropCause(IntEnum):
     TTL = 7  # decrement reached 0
     EGRESS_FULL = 8  # the socket buffer or the device queue had no room
     SEND_ERROR = 9  # the kernel refused: errno is counted beside
-    RING_FULL = 10  # the kernel found no free slot; counted by the kernel, kept by the supervisor
+    RING_FULL = 10  # the kernel found no free slot for a frame; counted by the kernel, kept by the supervisor
 
 
 DROP_CAUSES: Final = 16  # room for causes to come
@@ -269,6 +269,7 @@ STATS_HEADER: Final = np.dtype(
             "ring_sent",
             "ring_fill_max",
             "errno_counts",
+            "ring_fill_percent",
         ],
         "formats": [
             "<i8",
@@ -293,6 +294,7 @@ STATS_HEADER: Final = np.dtype(
             ("<i8", (RINGS_MAX,)),
             ("<i8", (RINGS_MAX,)),
             ("<i8", (ERRNO_MAX,)),
+            ("<i8", (RINGS_MAX,)),
         ],
         # The supervisor writes the line of the doorbell, the worker the rest.
         "offsets": [
@@ -301,6 +303,7 @@ STATS_HEADER: Final = np.dtype(
             *(128, 136),
             *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264),
             *(320, 448, 576, 704),
+            1792,
         ],
         "itemsize": 4096,
     }

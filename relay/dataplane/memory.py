@@ -55,6 +55,7 @@ RING = np.dtype(
         ("copy_next", "<i8"),
         ("copy_count", "<i8"),
         ("fill_level", "<i8"),  # the highest of FILL_LEVELS_PERCENT that was reported
+        ("fill_due", "<i8"),  # how full it is is to be published
     ]
 )
 

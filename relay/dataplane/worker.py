@@ -166,6 +166,7 @@ class Worker:
             int(self.stats.header["ring_sent"][message.index]) % message.frame_count,
         )
         ring["taken"] = ring["fill_level"] = 0
+        ring["fill_due"] = 1
         self.memory.link_copies(message.index)
         resume_copies(self.memory.worker, message.index)
         ring["active"] = 1
@@ -178,6 +179,7 @@ class Worker:
             return
         self.memory["rings"][index]["active"] = 0
         self.stats.header["ring_sent"][index] = 0
+        self.stats.header["ring_fill_percent"][index] = 0
         self.memory["copy_mmsg"]["msg_len"][index * COPY_SLOTS] = 0
         held[0].close()
 

@@ -578,14 +578,14 @@ class Fleet:
         self.revision += 1
 
     def count_ring_drops(self) -> dict[tuple[int, str], int]:
-        """Count what the kernel dropped since the last call; return it by core and interface."""
+        """Count the frames that the kernel dropped since the last call; return them by core and interface."""
         lost = {}
         for worker in self.workers:
             for ring in () if worker.is_excluded else self._rings.values():
-                drops = take_ring_drops(worker.rings[ring.number])
-                if drops:
-                    worker.stats.add_ring_full(drops)
-                    lost[worker.core, ring.interface] = drops
+                frames = take_ring_drops(worker.rings[ring.number])
+                if frames:
+                    worker.stats.add_ring_full(frames)
+                    lost[worker.core, ring.interface] = frames
         return lost
 
     # --- what outlives this supervisor ------------------------------------------------------------

@@ -12,6 +12,7 @@ from logging_shm import Logger
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.orphans import Orphans, Predecessor
 from relay.supervisor.timers import Timers
+from relay.wording import counted
 
 RELEASE_S_MAX = 1.0  # a pass takes milliseconds; an idle worker looks up ten times a second
 
@@ -61,4 +62,4 @@ class Handover:
             return
         count, former = len(self._orphans.predecessors), self._orphans.inventory.supervisor
         self._done()
-        self._log.notice(f"Took over from supervisor {former}: {count} workers replaced")
+        self._log.notice(f"Took over from supervisor {former}: {counted(count, 'worker')} replaced")

@@ -65,6 +65,7 @@ from relay.supervisor.service import ServiceManager
 from relay.supervisor.stalls import StallWatch
 from relay.supervisor.state import state_file
 from relay.supervisor.timers import Timers
+from relay.wording import counted
 
 TICK_S = 1.0
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
@@ -183,7 +184,8 @@ class Supervisor:
         if stale.names:
             is_restart = self._orphans is not None and self._orphans.inventory.supervisor == os.getpid()
             whose = "this supervisor before its restart" if is_restart else "a killed supervisor"
-            self._log.notice(f"Removed {len(stale.names)} segments of {whose}, {stale.unread} records rescued")
+            rescued = counted(stale.unread, "record")
+            self._log.notice(f"Removed {counted(len(stale.names), 'segment')} of {whose}, {rescued} rescued")
         for line in lines:
             self._log.notice(line)
         self._restarter = Restarter(self._timers)
@@ -266,7 +268,8 @@ class Supervisor:
         states = [planned.state for planned in self._fleet.plan.rules]
         waiting = len(states) - states.count("active")
         return (
-            f"{len(states)} rules{f' ({waiting} waiting)' if waiting else ''}, {len(workers)} workers, "
+            f"{counted(len(states), 'rule')}{f' ({waiting} waiting)' if waiting else ''}, "
+            f"{counted(len(workers), 'worker')}, "
             f"{sum(w.packets_per_second for w in workers):.0f} packets/s, "
             f"{sum(w.bits_per_second for w in workers):.0f} bit/s"
         )
@@ -361,7 +364,7 @@ class Supervisor:
         except RelayError as error:
             self._log.error(f"Configuration not changed: {error}")
             return
-        self._log.notice(f"Configuration read again: {len(rules)} rules")
+        self._log.notice(f"Configuration read again: {counted(len(rules), 'rule')}")
         if options != self._options:
             self._log.warning("Options other than rules have changed: they take effect at the next start")
         self._book.configured = tuple(rules)
@@ -370,9 +373,9 @@ class Supervisor:
     def _tick(self) -> None:
         """Once a second: what the kernel dropped, and a sample for the rates."""
         self._timers.after(TICK_S, self._tick)
-        for (core, interface), drops in self._fleet.count_ring_drops().items():
+        for (core, interface), frames in self._fleet.count_ring_drops().items():
             self._log.warning(
-                f"Ring of {interface} full: {drops} frames lost on core {core}", core=core, iface=interface
+                f"Ring of {interface} full: {counted(frames, 'frame')} lost on core {core}", core=core, iface=interface
             )
         for line in self._egress_watch.look(self._fleet.generation, self._fleet.egress_keys()):
             self._log.warning(line)
@@ -450,7 +453,7 @@ class Supervisor:
                     levels.parse_level(request.level), levels.parse_facility(request.facility), request.core
                 )
                 self._levels.apply(self._log_rings)
-                self._log.notice(f"Log level set to {request.level} for {len(rings)} rings")
+                self._log.notice(f"Log level set to {request.level} for {counted(len(rings), 'ring')}")
         except RelayError as error:
             self._link.tell(Refused(request.request_id, str(error)))
             return

@@ -148,7 +148,9 @@ def test_a_refusal_has_the_relays_words(tmp_path: Path, run: Run) -> None:
 
 @both
 def test_no_relay_is_told_with_the_remedy(tmp_path: Path, run: Run) -> None:
-    with pytest.raises(UnreachableError, match=r"No such file or directory: start one with `sudo make run"):
+    with pytest.raises(
+        UnreachableError, match=r"No such file or directory: start one with `sudo mcrd --interface …` or `sudo make run"
+    ):
         run(tmp_path / "none", 1)
 
 

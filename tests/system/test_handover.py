@@ -247,7 +247,7 @@ def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, t
     relay.kill_family()
     relay.start_again()
     relay.wait_for_log("[Notice] [Supervisor] Removed 7 segments of a killed supervisor")
-    relay.wait_for_log(f"1 rules of {relay.socket.with_suffix('.state')} go on")
+    relay.wait_for_log(f"1 rule of {relay.socket.with_suffix('.state')} goes on")
     assert not any(is_alive(pid) for pid in former)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
     relay_some(line, tmp_path, 1000)

@@ -106,7 +106,7 @@ def test_a_start_that_fails_leaves_all_to_the_next(line: Line, start_relay: Star
         assert relay.launch([*relay.options, "--exclusive"]).wait(STOP_S) == 1
         host.run(["nft", "delete", "table", "netdev", f"mcr_{relay.instance}"])
         relay.start_again()
-    assert "1 workers replaced" in relay.text()
+    assert "1 worker replaced" in relay.text()
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
     relay.stop()
 
@@ -199,7 +199,7 @@ def test_a_supervisor_that_fails_is_taken_over_as_a_killed_one(
         assert "The supervisor failed, workers go on relaying, the next mcrd takes over" in relay.text()
         assert relay.socket.is_socket()  # where clients wait
         relay.start_again()
-    assert "1 workers replaced" in relay.text()
+    assert "1 worker replaced" in relay.text()
     relay.stop()
 
 
@@ -249,5 +249,5 @@ def test_cleaning_the_log_takes_nothing_from_workers_without_a_supervisor(
         assert sorted(outcome["removed"]) == [f"mcr_{relay.instance}_controlplane", f"mcr_{relay.instance}_supervisor"]
         assert (len(outcome["kept"]), outcome["left_alone"]) == (5, [])
         relay.start_again()
-    assert "1 workers replaced" in relay.text()
+    assert "1 worker replaced" in relay.text()
     relay.stop()

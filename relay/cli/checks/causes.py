@@ -76,7 +76,7 @@ MEANINGS = {
     DropCause.RING_FULL: Meaning(
         "warning",
         "problem",
-        "the packet ring was full: the workers were too slow, or kept from their cores",
+        "frames found the packet ring full: the workers were too slow, or kept from their cores",
         "mcrd --ring-mib 64, --num-workers N, or cores of their own: docs/performance.md",
     ),
 }
