@@ -156,6 +156,7 @@ def written(rule: Rule) -> str:
     if len(outputs.as_string()) > LINE_CHARS_MAX:
         outputs = outputs.multiline(True)
     order = ("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", "stall_ms")
+    order += ("max_pps", "max_bps")
     items = [(key, tomlkit.item(values[key])) for key in order if key in values]
     lines = [f"{key} = {item.as_string()}" for key, item in (*items, ("outputs", outputs))]
     return "\n".join(("[[rules]]", *lines, ""))

@@ -21,6 +21,7 @@ from relay.confinement.roles import confine_worker
 from relay.dataplane import layout, loop, memory, streams
 from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
+from relay.dataplane.guard_cells import map_guard_cells
 from relay.dataplane.memory import address_of
 from relay.dataplane.ring import find_cursor, resume_copies
 from relay.dataplane.table import compile_table, map_table, view_table
@@ -32,6 +33,7 @@ from relay.messages import (
     Drain,
     Outlive,
     RemoveRing,
+    SetGuardCells,
     SetSockets,
     SetTable,
     Spawn,
@@ -133,6 +135,9 @@ class Worker:
                 case Drain():
                     self.log.info("Supervisor stream closed, sending shutdown to data plane")
                     self.close_ingress()
+                case SetGuardCells():
+                    self.memory.use_guard_cells(map_guard_cells(descriptors[0]))
+                    os.close(descriptors[0])
                 case SetTable():
                     self.table = map_table(descriptors[0])
                     os.close(descriptors[0])
