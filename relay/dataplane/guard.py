@@ -1,12 +1,14 @@
 """The rate guard: whether a batch is within its rule's limits, by the bucket that all workers share.
 
-    time ──┬─────────┬───────────▶      a batch moves `due` on by what it costs at the limit, from now on if `due` is past
-          now       due                 over: due > now + BURST_NS, and nothing is debited
+    ──┬─────────┬────────▶ time     a batch moves `due` on by what it costs at the limit, from `now` if that is later
+     now       due                  over the limit: due > now + BURST_NS; nothing is debited
 
 A bucket is one word, the time at which it would be full again (the generic cell rate algorithm, ITU-T I.371), so one
 compare-and-swap debits it. In any span of time a rule passes what its limit allows in that span and BURST_NS more, and
-one batch: one is debited whole as soon as the bucket is not in debt beyond the burst. Workers write the buckets
-(guard_cells.py) and believe whatever is in them; limits are in the rule table, which they can't write.
+one batch: it is debited whole as soon as the bucket is not in debt beyond the burst. Time is the worker's, not that at
+which the kernel received: a worker that lags behind the others would find their debits in its future, and drop what no
+limit forbids. Workers write the buckets (guard_cells.py) and believe whatever is in them; limits are in the rule table,
+which they can't write.
 """
 
 from typing import Any
@@ -40,7 +42,7 @@ def cost(amount: int, limit: int) -> int:
 def debit(due_at: int, now: int, ticks: int) -> bool:
     """Debit the bucket at an address unless it is in debt beyond the burst; whether it was debited.
 
-    After TRIES_MAX it is debited all the same: workers that meet there pass a batch each, and none that is allowed is lost.
+    After TRIES_MAX it is debited all the same: workers that meet there pass a batch each, but lose none.
     """
     due = load_acquire_i64(due_at)
     for _ in range(TRIES_MAX):

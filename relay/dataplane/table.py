@@ -182,7 +182,9 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
         if any(output.ttl_decrement for rule in entry.rules for output in rule.outputs):
             flags |= layout.ENTRY_VARIES_BY_TTL
         entries[index] = (len(routes), len(entry.rules), flags, 0)
-        routes += [(rule.slot, first_output[rule.slot], len(rule.outputs), guards.get(rule.slot, 0)) for rule in entry.rules]
+        routes += [
+            (rule.slot, first_output[rule.slot], len(rule.outputs), guards.get(rule.slot, 0)) for rule in entry.rules
+        ]
 
     arrays = (
         _hash_keys(list(grouped)),

@@ -48,7 +48,8 @@ class GuardWatch:
         former, self._counted = self._counted, self._count()
         for rule in self._guarded:
             counted = self._counted[rule.rule_id]
-            dropped = max(counted - former.get(rule.rule_id, 0), 0)  # another rule's before, or a worker's nonsense
+            # Under another limit something may have been dropped before: with a new one counting begins at this look.
+            dropped = max(counted - former.get(rule.rule_id, counted), 0)
             if dropped or rule.rule_id in self._over:
                 self._judge(rule, dropped, now_s)
         if self._told > TOLD_MAX:
@@ -63,6 +64,7 @@ class GuardWatch:
         self._slots = np.array([self._fleet.rule_slots[rule.rule_id] for rule in self._guarded], np.int64)
         same = {rule.rule_id for rule in self._guarded if former.get(rule.rule_id) == limits_of(rule)}
         self._over = {rule_id: excess for rule_id, excess in self._over.items() if rule_id in same}
+        self._counted = {rule_id: counted for rule_id, counted in self._counted.items() if rule_id in same}
 
     def _count(self) -> dict[str, int]:
         """What every guarded rule has dropped; a worker may have written anything."""
