@@ -103,6 +103,7 @@ class RuleStats(msgspec.Struct):
     last_packet_unix_s: float | None = None  # when its last datagram came; None before the first
     streams: list[StreamHealth] = []
     input_rings: list[int] = []  # the interfaces that it takes in from, by their numbers in the stats segments
+    drops: dict[str, int] = {}  # datagrams that it matched and no output was given, by cause
     rtp: RtpTotals | None = None  # None before the first RTP
     mpeg_ts: MpegTsTotals | None = None
 
@@ -262,6 +263,10 @@ class CloseSockets(msgspec.Struct, tag=True):
     numbers: tuple[int, ...]
 
 
+class SetGuardCells(msgspec.Struct, tag=True):
+    """The buckets of guarded rules, before the first table. Descriptor: their memory file, shared by all workers."""
+
+
 class SetTable(msgspec.Struct, tag=True):
     """Go over to this rule table. Descriptor: its memory file."""
 
@@ -318,5 +323,5 @@ class Drain(msgspec.Struct, tag=True):
 ToTemplate = Spawn | Keep | Forget | Leave
 FromTemplate = Spawned | Exited | TemplateReady
 FromOrphans = Kept | KeptAll | Exited
-ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Outlive | Drain
+ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetGuardCells | SetTable | Outlive | Drain
 FromWorker = Started | TableInUse

@@ -19,7 +19,7 @@ from tomlkit.items import Array
 
 from relay.configfile import Entry, Examined, examine
 from relay.errors import ConfigError
-from relay.rules import Output, Rule, output_name
+from relay.rules import LATER_FIELDS, Output, Rule, output_name
 from relay.toml_lines import lines_of
 
 HEADER = re.compile(r"\s*\[\[\s*(rules|\"rules\"|'rules')\s*\]\]")
@@ -183,7 +183,7 @@ def written(rule: Rule) -> str:
     outputs = values.pop("outputs")
     if len(outputs.as_string()) > LINE_CHARS_MAX:
         outputs = outputs.multiline(True)
-    order = ("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", "stall_ms")
+    order = ("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", *LATER_FIELDS)
     items = [(key, tomlkit.item(values[key])) for key in order if key in values]
     lines = [f"{key} = {item.as_string()}" for key, item in (*items, ("outputs", outputs))]
     return "\n".join(("[[rules]]", *lines, ""))

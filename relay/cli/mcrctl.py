@@ -81,6 +81,8 @@ def _single_output(
 @click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
 @click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
 @click.option("--stall-ms", type=int, metavar="N", help="Tell when a sender is silent for longer.")
+@click.option("--max-pps", type=int, metavar="N", help="Drop what is over N datagrams a second. [default: no limit]")
+@click.option("--max-bps", type=int, metavar="N", help="Drop what is over N bits of payload a second.")
 @click.option("--replace", is_flag=True, help="Change the rule of this id.")
 @click.option("--file", "file", type=click.Path(path_type=Path), help="Add the rules of a TOML file, all or none.")
 @json_option
@@ -99,6 +101,8 @@ def add_rule(
     outputs: tuple[str, ...],
     preserve_source: bool,
     stall_ms: int | None,
+    max_pps: int | None,
+    max_bps: int | None,
     replace: bool,
     file: Path | None,
     as_json: bool,
@@ -125,6 +129,8 @@ def add_rule(
             source=source,
             preserve_source=preserve_source,
             stall_ms=stall_ms,
+            max_pps=max_pps,
+            max_bps=max_bps,
         )
         rules, wrong = expand(entry)
         for _, reason in wrong[:1]:

@@ -104,7 +104,7 @@ def stats(result: dict[str, Any]) -> None:
             rule["rule_id"],
             str(rule["packets_matched"]),
             str(rule["packets_relayed"]),
-            str(sum(sum(output["drops"].values()) for output in rule["outputs"])),
+            str(sum(sum(part.get("drops", {}).values()) for part in (rule, *rule["outputs"]))),
             si(rule["packets_per_second"]),
             si(rule["bits_per_second"]),
             rule["state"],

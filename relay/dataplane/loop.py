@@ -36,6 +36,7 @@ NO_MATCH = int(DropCause.NO_MATCH)
 TTL = int(DropCause.TTL)
 EGRESS_FULL = int(DropCause.EGRESS_FULL)
 SEND_ERROR = int(DropCause.SEND_ERROR)
+RATE_LIMIT = int(DropCause.RATE_LIMIT)
 
 IDLE_ADAPTIVE = 0
 IDLE_SLEEP = 1
@@ -204,11 +205,14 @@ def watch_fills(m: Any) -> None:
 
 @compiled
 def report_drops(m: Any) -> None:
-    """Log what was dropped since the last report, one record a cause. Called once a second."""
+    """Log what was dropped since the last report, one record a cause. Called once a second.
+
+    Drops of a rule's limit are told by rule, by the supervisor (guards.py), and what no rule asks for is no news.
+    """
     for cause in range(1, DROP_CAUSES):
         total = i64_at(m.stats + DROPS_OFFSET, cause).value
         reported = i64_at(m.reported, cause)
-        if total == reported.value or cause == NO_MATCH:
+        if total == reported.value or cause in (NO_MATCH, RATE_LIMIT):
             continue
         log = m.log_egress if cause in (TTL, EGRESS_FULL, SEND_ERROR) else m.log_ingress
         event = events.DROPS_BY_CAUSE_FIRST + cause

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from relay.confinement.roles import confine_worker
 from relay.dataplane import layout, loop, memory, streams
 from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
+from relay.dataplane.guard_cells import map_guard_cells
 from relay.dataplane.memory import address_of
 from relay.dataplane.ring import find_cursor, resume_copies
 from relay.dataplane.table import compile_table, map_table, view_table
@@ -32,6 +34,7 @@ from relay.messages import (
     Drain,
     Outlive,
     RemoveRing,
+    SetGuardCells,
     SetSockets,
     SetTable,
     Spawn,
@@ -117,28 +120,35 @@ class Worker:
             except BlockingIOError:
                 return
             self.stats.header["heartbeat_ns"] = time.monotonic_ns()  # many messages take longer than the loop's timer
-            match message:
-                case AddRing():
-                    self.add_ring(message, descriptors[0])
-                case RemoveRing():
-                    self.remove_ring(message.index)
-                case SetSockets():
-                    for number, descriptor in zip(message.numbers, descriptors, strict=True):
-                        self.set_socket(number, descriptor)
-                case CloseSockets():
-                    for number in message.numbers:
-                        self.set_socket(number, -1)
-                case Outlive():
-                    self.outlives = True
-                case Drain():
-                    self.log.info("Supervisor stream closed, sending shutdown to data plane")
-                    self.close_ingress()
-                case SetTable():
-                    self.table = map_table(descriptors[0])
-                    os.close(descriptors[0])
-                    streams.prune(self.memory.worker, self.table.view)
-                    self.stats.header["generation_seen"] = self.table.generation
-                    self.channel.send(TableInUse(self.table.generation))
+            self.carry_out(message, descriptors)
+
+    def carry_out(self, message: Any, descriptors: Sequence[int]) -> None:
+        """Do what one message of the supervisor says."""
+        match message:
+            case AddRing():
+                self.add_ring(message, descriptors[0])
+            case RemoveRing():
+                self.remove_ring(message.index)
+            case SetSockets():
+                for number, descriptor in zip(message.numbers, descriptors, strict=True):
+                    self.set_socket(number, descriptor)
+            case CloseSockets():
+                for number in message.numbers:
+                    self.set_socket(number, -1)
+            case Outlive():
+                self.outlives = True
+            case Drain():
+                self.log.info("Supervisor stream closed, sending shutdown to data plane")
+                self.close_ingress()
+            case SetGuardCells():
+                self.memory.use_guard_cells(map_guard_cells(descriptors[0]))
+                os.close(descriptors[0])
+            case SetTable():
+                self.table = map_table(descriptors[0])
+                os.close(descriptors[0])
+                streams.prune(self.memory.worker, self.table.view)
+                self.stats.header["generation_seen"] = self.table.generation
+                self.channel.send(TableInUse(self.table.generation))
 
     def set_socket(self, number: int, descriptor: int) -> None:
         """Put an egress socket under its number, or none with -1; nothing is in flight between passes."""

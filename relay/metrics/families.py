@@ -102,6 +102,10 @@ def _rule_states(stats: Stats) -> Samples:
     return [(("active",), active), (("waiting",), len(stats.rules) - active)]
 
 
+def _rule_drops(stats: Stats) -> Samples:
+    return [((rule.rule_id, cause), number) for rule in stats.rules for cause, number in rule.drops.items()]
+
+
 def _outputs(stats: Stats) -> Iterator[tuple[tuple[str, str], Any]]:
     for rule in stats.rules:
         for output in rule.outputs:
@@ -215,6 +219,10 @@ OF_RULES = (
     Family(
         *("counter", "mcr_rule", "bytes", "Payload of matched datagrams.", RULE),
         _of_rules(lambda rule: rule.bytes_matched),
+    ),
+    Family(
+        *("counter", "mcr_rule_drops", "", "Matched datagrams that were given to no output, by cause."),
+        *((*RULE, "cause"), _rule_drops),
     ),
     Family(
         *("gauge", "mcr_rule_last_packet_timestamp", "seconds"),

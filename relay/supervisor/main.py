@@ -49,6 +49,7 @@ from relay.supervisor.changes import Change, Changes
 from relay.supervisor.egress_watch import EgressWatch
 from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.guards import GuardWatch
 from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.interface_watch import InterfaceWatch
@@ -223,6 +224,7 @@ class Supervisor:
         self._watch.follow(self._changes, self._book)
         self._sampler = Sampler(self._fleet)
         self._stalls = StallWatch(self._fleet, self._log)
+        self._guards = GuardWatch(self._fleet, self._log)
         loop, options = (self._log, self._selector, self._timers), self._options
         self._link = ControlPlaneLink(
             *loop, self._listener, self._owner, options.instance, self._greeting, self._obey, trusted_gid
@@ -380,6 +382,7 @@ class Supervisor:
         for line in self._egress_watch.look(self._fleet.generation, self._fleet.egress_keys()):
             self._log.warning(line)
         self._watch.retry()
+        self._guards.look()
         self._sampler.tick()
 
     def _watch_stalls(self) -> None:

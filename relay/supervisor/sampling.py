@@ -198,6 +198,7 @@ class Sampler:
             last_packet_unix_s=unix_s(counters["last_ns"]),
             streams=list(streams.get(rule.rule_id, ())),
             input_rings=[ring_numbers[name] for name in planned.interfaces if name in ring_numbers],
+            drops={DropCause.RATE_LIMIT.name.lower(): count(counters["drops_rate_limit"])},
             rtp=totals.rtp(),
             mpeg_ts=totals.mpeg_ts(),
         )

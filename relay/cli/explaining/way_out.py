@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from relay.cli.explaining.facts import Facts, Step
-from relay.rules import Rule, is_multicast, output_name
+from relay.rules import Rule, is_multicast, limits_of, output_name
 from relay.supervisor.egress import TTL_MULTICAST_DEFAULT
 from relay.supervisor.plan import PlannedOutput, PlannedRule
 
@@ -13,6 +13,8 @@ def followed(facts: Facts, planned: PlannedRule, ttl: int | None) -> Iterator[St
     rule = planned.rule
     source = f" from {rule.source}" if rule.source else ""
     yield Step("rule", "pass", f"rule {rule.rule_id} takes {rule.input_group}:{rule.input_port}{source}")
+    if limits_of(rule):
+        yield Step("limit", "pass", f"rule {rule.rule_id} lets {limits_of(rule)} pass, more is dropped as rate_limit")
     for output in planned.outputs:
         yield _output(facts, rule, output, ttl)
     yield _counters(facts, rule)
@@ -22,7 +24,7 @@ def _counters(facts: Facts, rule: Rule) -> Step:
     stats = facts.rule_stats.get(rule.rule_id)
     if stats is None:
         return Step("counters", "note", f"rule {rule.rule_id} has none yet")
-    causes: dict[str, int] = {}
+    causes: dict[str, int] = dict(stats.get("drops", {}))
     for output in stats["outputs"]:
         for cause, count in output["drops"].items():
             causes[cause] = causes.get(cause, 0) + count

@@ -41,7 +41,7 @@ HELP = """\
  p                hold the picture; counting goes on          q  quit
 
  in/s, out/s      datagrams that matched, and that left through all outputs
- bit/s            payload that left          drops  lost by the rule's outputs
+ bit/s            payload that left          drops  lost by its outputs or limit
  loss, jitter     before the relay: RTP lost and MPEG-TS continuity errors in
                   the last minute; the worst RTP source     lat  in the relay
  last minute      in/s, each rule by its own greatest

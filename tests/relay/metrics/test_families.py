@@ -67,7 +67,10 @@ OF_STREAMS: dict[str, Any] = {
 }
 STATS = Stats(
     *(1, 12.5, 9, 90, 8, 7, 70, 0.0, 0.0, {}),
-    [rule("tv", output("239.2.2.2:6001:lo"), **OF_STREAMS), rule("radio", state="waiting: no interface", last_s=None)],
+    [
+        rule("tv", output("239.2.2.2:6001:lo"), drops={"rate_limit": 6}, **OF_STREAMS),
+        rule("radio", state="waiting: no interface", last_s=None),
+    ],
     [WORKER],
 )
 
@@ -106,6 +109,7 @@ def test_numbers_are_those_of_the_statistics() -> None:
     assert value("mcr_worker_drops_total", core="2", cause="ring_full") == 5
     assert value("mcr_rule_packets_total", rule="tv") == 3
     assert value("mcr_rule_last_packet_timestamp_seconds", rule="tv") == 1000.5
+    assert value("mcr_rule_drops_total", rule="tv", cause="rate_limit") == 6
     assert value("mcr_output_bytes_total", rule="tv", output="239.2.2.2:6001:lo") == 10
     assert value("mcr_output_drops_total", rule="tv", output="239.2.2.2:6001:lo", cause="egress_full") == 2
 
