@@ -65,17 +65,17 @@ class Relay:
             self.kill()
             raise
 
-    def launch(self, options: Sequence[str]) -> "subprocess.Popen[str]":
-        """Start an mcrd of this name and these options; what it says goes to the log."""
-        command = [str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance, *options]
+    def launch(self, options: Sequence[str], behind: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """Start an mcrd of this name and these options, by a program such as setpriv; what it says goes to the log."""
+        command = [*behind, str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance, *options]
         with self.log.open("a") as out:
             return self.host.popen(command, stdout=out, stderr=subprocess.STDOUT)
 
-    def start_again(self, options: Sequence[str] | None = None) -> None:
+    def start_again(self, options: Sequence[str] | None = None, behind: Sequence[str] = ()) -> None:
         """Start the next supervisor, with these options or the same; it serves then, and no former worker runs."""
         served = self.text().count(SERVES)
         taken = self.text().count(TOOK_OVER)
-        self.process = self.launch(self.options if options is None else options)
+        self.process = self.launch(self.options if options is None else options, *([behind] if behind else []))
         wait_until(lambda: self.text().count(SERVES) > served or self.process.poll() is not None, "the next one serves")
         assert self.process.poll() is None, self.text()
         if "rules that it left" in self.text():
