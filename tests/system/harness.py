@@ -56,6 +56,7 @@ class Relay:
         self.options += ["--num-workers", str(workers), *options]
         if "--ring-mib" not in options:  # the machine may be busy with other things for a moment
             self.options += ["--ring-mib", str(RING_MIB)]
+        self.behind: Sequence[str] = ()  # a program such as setpriv, which executes mcrd
         self.log.touch()
         self.process = self.launch(self.options)
         try:
@@ -65,17 +66,17 @@ class Relay:
             self.kill()
             raise
 
-    def launch(self, options: Sequence[str], behind: Sequence[str] = ()) -> "subprocess.Popen[str]":
-        """Start an mcrd of this name and these options, by a program such as setpriv; what it says goes to the log."""
-        command = [*behind, str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance, *options]
+    def launch(self, options: Sequence[str]) -> "subprocess.Popen[str]":
+        """Start an mcrd of this name and these options; what it says goes to the log."""
+        command = [*self.behind, str(BIN / "mcrd"), "--socket", str(self.socket), "--instance", self.instance, *options]
         with self.log.open("a") as out:
             return self.host.popen(command, stdout=out, stderr=subprocess.STDOUT)
 
-    def start_again(self, options: Sequence[str] | None = None, behind: Sequence[str] = ()) -> None:
+    def start_again(self, options: Sequence[str] | None = None) -> None:
         """Start the next supervisor, with these options or the same; it serves then, and no former worker runs."""
         served = self.text().count(SERVES)
         taken = self.text().count(TOOK_OVER)
-        self.process = self.launch(self.options if options is None else options, *([behind] if behind else []))
+        self.process = self.launch(self.options if options is None else options)
         wait_until(lambda: self.text().count(SERVES) > served or self.process.poll() is not None, "the next one serves")
         assert self.process.poll() is None, self.text()
         if "rules that it left" in self.text():

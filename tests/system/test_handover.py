@@ -264,7 +264,8 @@ def test_where_nothing_may_be_taken_from_workers_they_are_ended(line: Line, star
     add_to_lasting(relay)
     former = workers(relay)
     kill_with_template(relay)
-    relay.start_again(behind=("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"))  # as in a container
+    relay.behind = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")  # as in a container
+    relay.start_again()
     relay.wait_for_log("can't be taken from it: Permission denied: that needs CAP_SYS_PTRACE")
     relay.wait_for_log("had no template left and were ended")
     assert not any(is_alive(pid) for pid in former)
