@@ -315,6 +315,8 @@ class KeptAll(msgspec.Struct, tag=True):
 class Outlive(msgspec.Struct, tag=True):
     """Supervisor → worker: the next supervisor could take over now, so go on when this one is gone."""
 
+    is_restart: bool = False  # it starts anew, and goes for that reason alone
+
 
 class Drain(msgspec.Struct, tag=True):
     """Supervisor → worker: let nothing more in, relay what the rings hold, end."""

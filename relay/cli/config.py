@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from relay import api
-from relay.cli.options import json_option, reports_errors
+from relay.cli.options import json_option, reports_errors, tell_silence
 from relay.cli.telling import tell
 from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
@@ -177,7 +177,7 @@ def _show(differences: Differences) -> None:
 def diff(file: Path, as_json: bool) -> None:
     """What is other in FILE than in the running relay. Exit status 0: nothing, 1: something, 2: an error."""
     examined = _load(file)
-    with Client(click.get_current_context().obj) as client:
+    with Client(click.get_current_context().obj, on_silence=tell_silence) as client:
         differences = find_differences(running_rules(client), started_with(client), examined)
     if as_json:
         _print_json(differences)
@@ -204,7 +204,7 @@ def apply(file: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     if as_json and not (yes or dry_run):
         raise UsageError("nobody is asked with --json: give --yes, too, or --dry-run")
     examined = _load(file)
-    with Client(click.get_current_context().obj) as client:
+    with Client(click.get_current_context().obj, on_silence=tell_silence) as client:
         running, started = running_rules(client), started_with(client)
         differences = find_differences(running, started, examined)
         if not as_json:
@@ -264,7 +264,7 @@ def save(file: Path, as_json: bool) -> None:
     """
     from relay.saving import replace_file, updated  # tomlkit is slow to load
 
-    with Client(click.get_current_context().obj) as client:
+    with Client(click.get_current_context().obj, on_silence=tell_silence) as client:
         rules = running_rules(client)
     former = read_text(file) if file.exists() else None
     warnings: list[str] = []

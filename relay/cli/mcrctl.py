@@ -11,7 +11,7 @@ from relay.cli.capture.command import capture
 from relay.cli.config import config
 from relay.cli.doctor import doctor
 from relay.cli.explain import explain
-from relay.cli.options import json_option, reports_errors
+from relay.cli.options import json_option, reports_errors, tell_silence
 from relay.cli.schema import schema
 from relay.cli.telling import tell
 from relay.cli.top.command import top
@@ -43,7 +43,7 @@ main.add_command(schema)
 def _ask(request: api.Request, as_json: bool) -> api.Answer:
     """Ask; print warnings, and the result when it is wanted as JSON."""
     path: Path = click.get_current_context().obj
-    with Client(path) as client:
+    with Client(path, on_silence=tell_silence) as client:
         answer = client.ask(request)
     for warning in answer.warnings:
         tell(f"warning: {warning}", err=True)
@@ -223,7 +223,7 @@ main.command("doctor")(json_option(reports_errors(doctor)))
 @reports_errors
 def restart(context: click.Context) -> None:
     """Start the relay anew, as after an upgrade. Its sockets and rules stay, and no datagram is lost."""
-    with Client(context.obj) as client:
+    with Client(context.obj, on_silence=tell_silence) as client:
         replaced = client.restart()
     tell(f"restarted: {counted(replaced, 'worker')} replaced")
 

@@ -6,6 +6,7 @@ relayed what the rings still hold. Without a supervisor it goes on relaying unti
 that one could (`Outlive`); before that it ends and leaves what the rings hold to its successor.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
@@ -70,7 +72,7 @@ class Worker:
         )
         self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, self.stats.bytes, copies, segments)
         self.table = view_table(compile_table((), (), 0))
-        self.outlives = False
+        self.outlives = self.is_restart = False
         self.rings: dict[int, tuple[socket.socket, mmap.mmap]] = {}
         state = self.memory.worker
         self.uring.attach(state)
@@ -87,7 +89,7 @@ class Worker:
     def run(self) -> None:
         """Relay until told to end."""
         self.log.info(f"Data plane worker started on core {self.core}")
-        self.channel.send(Started())
+        self.tell(Started())
         while True:
             reason = loop.run(self.memory.worker, self.table.view)
             if reason == loop.DRAINED:
@@ -107,7 +109,10 @@ class Worker:
                 if not self.outlives:
                     self.log.error("The supervisor is gone, and nothing is prepared for the next one")
                     return
-                self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
+                if self.is_restart:
+                    self.log.notice("The supervisor starts anew: relaying goes on")
+                else:
+                    self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
                 self.memory.worker["control_fd"] = NO_DESCRIPTOR
 
     def obey(self) -> None:
@@ -136,7 +141,7 @@ class Worker:
                 for number in message.numbers:
                     self.set_socket(number, -1)
             case Outlive():
-                self.outlives = True
+                self.outlives, self.is_restart = True, message.is_restart
             case Drain():
                 self.log.info("Supervisor stream closed, sending shutdown to data plane")
                 self.close_ingress()
@@ -148,7 +153,12 @@ class Worker:
                 os.close(descriptors[0])
                 streams.prune(self.memory.worker, self.table.view)
                 self.stats.header["generation_seen"] = self.table.generation
-                self.channel.send(TableInUse(self.table.generation))
+                self.tell(TableInUse(self.table.generation))
+
+    def tell(self, message: msgspec.Struct) -> None:
+        """Tell the supervisor; that it is gone is noticed when what it has sent before is read."""
+        with contextlib.suppress(ChannelClosedError):
+            self.channel.send(message)
 
     def set_socket(self, number: int, descriptor: int) -> None:
         """Put an egress socket under its number, or none with -1; nothing is in flight between passes."""

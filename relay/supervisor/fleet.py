@@ -630,6 +630,12 @@ class Fleet:
                 worker.send(Outlive())
                 worker.outlives = True
 
+    def tell_restart(self) -> None:
+        """This supervisor goes in a moment, and another comes: no reason for a warning."""
+        for worker in self.workers:
+            if worker.running and worker.outlives:
+                worker.send(Outlive(is_restart=True))
+
     def inventory(self, template_pid: int) -> Inventory:
         """What the next supervisor must know of them, and of the workers."""
         return Inventory(

@@ -35,6 +35,7 @@ class Handover:
         self._selector = selector
         self._timers = timers
         self._done = done
+        self._is_over = False
         for worker in fleet.workers:
             if worker.predecessor is not None:
                 self._watch(worker, worker.predecessor)
@@ -46,6 +47,7 @@ class Handover:
         """The successor has sockets and rules: release its predecessor."""
         predecessor = worker.predecessor
         if predecessor is None:
+            self._end_if_over()  # there may have been none at all
             return
         predecessor.release()
         self._timers.after(RELEASE_S_MAX, lambda: self._insist(worker, predecessor))
@@ -58,8 +60,12 @@ class Handover:
     def _on_end(self, worker: Worker, predecessor: Predecessor) -> None:
         self._selector.unregister(predecessor)
         self._fleet.inherit_rings(worker)
-        if any(other.predecessor is not None for other in self._fleet.workers):
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._is_over or any(other.predecessor is not None for other in self._fleet.workers):
             return
+        self._is_over = True
         count, former = len(self._orphans.predecessors), self._orphans.inventory.supervisor
         self._done()
         self._log.notice(f"Took over from supervisor {former}: {counted(count, 'worker')} replaced")

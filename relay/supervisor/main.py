@@ -189,7 +189,7 @@ class Supervisor:
             self._log.notice(f"Removed {counted(len(stale.names), 'segment')} of {whose}, {rescued} rescued")
         for line in lines:
             self._log.notice(line)
-        self._restarter = Restarter(self._timers)
+        self._restarter = Restarter(self._timers, self._obstacle_to_restart)
 
     def _find_former(self, ring_bytes: int, fanout: Fanout) -> list[str]:
         """Take over what a killed supervisor left, running or written down; return lines about it."""
@@ -294,17 +294,23 @@ class Supervisor:
         if self._keeper.is_complete(kept):
             self._published = revision
             self._fleet.let_outlive()
+            self._let_former_go()
 
     def _on_worker_started(self, worker: Worker) -> None:
         if self._handover is not None:
             self._handover.begin(worker)
 
     def _on_handed_over(self) -> None:
-        """The former workers are gone: the next supervisor is to find these now, and nobody the former template."""
-        orphans, self._handover, self._orphans = self._orphans, None, None
+        """The former workers are gone: the next supervisor is to find these now."""
+        self._handover = None
         self._publish()
-        if orphans is not None:
-            orphans.close()
+
+    def _let_former_go(self) -> None:
+        """All is kept by the template of this supervisor: nobody needs the former one any more."""
+        if self._orphans is None:
+            return
+        orphans, self._orphans = self._orphans, None
+        orphans.close()
         self._log_drain.stale_ended()
 
     def _give_up(self) -> None:
@@ -326,6 +332,7 @@ class Supervisor:
         self._log_drain.stop()
         if self._exclusive is not None:
             self._exclusive.close()
+        self._fleet.tell_restart()
         self._restarter.execute()
 
     def _stop(self) -> None:
@@ -443,10 +450,17 @@ class Supervisor:
         def refuse(error: str) -> None:
             self._link.answer(epoch, Refused(request.request_id, error))
 
-        if self._handover is not None:
-            refuse("the last restart is not over: former workers still run")
-            return
         self._restarter.begin(agree, refuse)
+
+    def _obstacle_to_restart(self) -> str | None:
+        """Why the next supervisor could not go on with everything now, None when it could."""
+        if self._orphans is not None:
+            return "former workers are still there"
+        if not self._nursery.is_settled:
+            return "the template or a worker still starts"
+        if self._published != (self._fleet.revision, self._nursery.template_pid):
+            return "the template has not yet taken what it is to keep"
+        return None
 
     def _on_log_level(self, request: LogLevel) -> None:
         try:

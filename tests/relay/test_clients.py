@@ -183,6 +183,17 @@ def test_a_result_of_another_shape_is_told(tmp_path: Path) -> None:
         client.close()
 
 
+def test_who_waits_long_is_told_once_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay's process lives, and does not answer; it answers the request that follows."""
+    monkeypatch.setattr("relay.client.SILENCE_S", 0.05)
+    path, told = tmp_path / "socket", list[str]()
+    with server(path, stays_silent, answers), Client(path, 0.3, on_silence=told.append) as asking:
+        with pytest.raises(UnreachableError, match="no answer within"):
+            asking.ask(api.Ping())
+        assert asking.ping().version == "9"
+    assert told == [f"{path}: mcrd does not answer: is it running? waiting 0 s more"]
+
+
 def test_a_cancelled_request_costs_the_others_nothing(tmp_path: Path) -> None:
     async def run() -> tuple[str, str]:
         async with AsyncClient(tmp_path / "s", 30) as client:
