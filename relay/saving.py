@@ -146,6 +146,10 @@ def _values(rule: Rule) -> dict[str, Any]:
     values["outputs"] = array = tomlkit.array()
     for output in rule.outputs:
         array.append(_output_value(output))
+    if rule.secondary is not None:
+        values["secondary"] = tomlkit.inline_table()
+        given = msgspec.to_builtins(rule.secondary)
+        values["secondary"].update({key: value for key, value in given.items() if value is not None})
     return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
@@ -155,7 +159,10 @@ def written(rule: Rule) -> str:
     outputs = values.pop("outputs")
     if len(outputs.as_string()) > LINE_CHARS_MAX:
         outputs = outputs.multiline(True)
-    order = ("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", "stall_ms")
+    order = (
+        *("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", "stall_ms"),
+        *("secondary", "protection"),
+    )
     items = [(key, tomlkit.item(values[key])) for key in order if key in values]
     lines = [f"{key} = {item.as_string()}" for key, item in (*items, ("outputs", outputs))]
     return "\n".join(("[[rules]]", *lines, ""))
