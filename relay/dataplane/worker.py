@@ -22,6 +22,7 @@ from relay.dataplane import layout, loop, memory, streams
 from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.memory import address_of
+from relay.dataplane.protect import take_back
 from relay.dataplane.ring import find_cursor, resume_copies
 from relay.dataplane.table import compile_table, map_table, view_table
 from relay.dataplane.uring import Uring
@@ -79,6 +80,7 @@ class Worker:
         streams.rebuild_index(state)
         state["doorbell_seen"] = self.stats.header["doorbell"]
         self.memory["reported"]["value"] = self.stats.header["drops"]
+        take_back(self.stats.protections, self.stats.journal)
         self.stats.header["pid"] = os.getpid()
 
     def run(self) -> None:
@@ -134,11 +136,16 @@ class Worker:
                     self.log.info("Supervisor stream closed, sending shutdown to data plane")
                     self.close_ingress()
                 case SetTable():
+                    self.relay_what_came()
                     self.table = map_table(descriptors[0])
                     os.close(descriptors[0])
                     streams.prune(self.memory.worker, self.table.view)
                     self.stats.header["generation_seen"] = self.table.generation
                     self.channel.send(TableInUse(self.table.generation))
+
+    def relay_what_came(self) -> None:
+        """Under the rules that were: an input may be another ring's after a change, and was admitted here until now."""
+        loop.run_pass(self.memory.worker, self.table.view)
 
     def set_socket(self, number: int, descriptor: int) -> None:
         """Put an egress socket under its number, or none with -1; nothing is in flight between passes."""
@@ -169,13 +176,15 @@ class Worker:
         self.memory.link_copies(message.index)
         resume_copies(self.memory.worker, message.index)
         ring["active"] = 1
+        self.memory.worker["rings_since_ns"] = time.monotonic_ns()
         self.rings[message.index] = (socket.socket(fileno=descriptor), mapped)
 
     def remove_ring(self, index: int) -> None:
-        """Let go of a ring whose interface is gone."""
-        held = self.rings.pop(index, None)
-        if held is None:
+        """Let go of a ring whose interface is gone, or that is no more needed."""
+        if index not in self.rings:
             return
+        self.relay_what_came()
+        held = self.rings.pop(index)
         self.memory["rings"][index]["active"] = 0
         self.stats.header["ring_sent"][index] = 0
         self.memory["copy_mmsg"]["msg_len"][index * COPY_SLOTS] = 0
