@@ -131,7 +131,6 @@ class Sampler:
         sample = take_sample(self._fleet)
         streams = streams_by_rule(self._fleet)
         self._stream_totals.look()
-        numbers = {name: number for number, name in self._fleet.interface_names().items()}
         workers = self.workers()
         drops: dict[str, int] = {}
         for worker in workers:
@@ -147,7 +146,7 @@ class Sampler:
             packets_per_second=sum(worker.packets_per_second for worker in workers),
             bits_per_second=sum(worker.bits_per_second for worker in workers),
             drops=drops,
-            rules=[self._rule(sample, planned, streams, numbers) for planned in self._fleet.plan.rules],
+            rules=[self._rule(sample, planned, streams) for planned in self._fleet.plan.rules],
             workers=workers,
             version=VERSION,
         )
@@ -157,7 +156,6 @@ class Sampler:
         sample: Sample,
         planned: PlannedRule,
         streams: Mapping[str, Sequence[StreamHealth]],
-        ring_numbers: Mapping[str, int],
     ) -> RuleStats:
         rule = planned.rule
         slot = self._fleet.rule_slots[rule.rule_id]
@@ -191,7 +189,7 @@ class Sampler:
             slot=slot,
             last_packet_unix_s=unix_s(counters["last_ns"]),
             streams=list(streams.get(rule.rule_id, ())),
-            input_rings=[ring_numbers[name] for name in planned.interfaces if name in ring_numbers],
+            input_rings=list(dict.fromkeys(number for _, number in self._fleet.inputs_of(planned))),
             rtp=totals.rtp(),
             mpeg_ts=totals.mpeg_ts(),
         )
