@@ -19,11 +19,12 @@ from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.supervisor.protection_watch import health_of
 from relay.supervisor.stream_totals import StreamTotals
 from relay.supervisor.streams import streams_by_rule
 from relay.version import VERSION
 
-WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
+WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed", "packets_withheld")
 
 
 @dataclass
@@ -192,4 +193,5 @@ class Sampler:
             input_rings=list(dict.fromkeys(number for _, number in self._fleet.inputs_of(planned))),
             rtp=totals.rtp(),
             mpeg_ts=totals.mpeg_ts(),
+            protection=health_of(self._fleet, rule),
         )
