@@ -597,7 +597,8 @@ class Fleet:
         assert self._orphans is not None
         worker.stats.header["ring_sent"][ring.number] = self._orphans.place(worker.core, ring.number)
         if ring.reader is not None:
-            self.protections.inherit(worker.stats, self._orphans.kept.stats[worker.core])
+            former = self._orphans.kept.stats[worker.core]
+            self.protections.inherit(worker.stats, former, with_counts=False)
 
     def _wanted_by(self, key: RingKey) -> set[tuple[int, int]]:
         """What a ring is to admit."""
@@ -704,7 +705,7 @@ class Fleet:
             self._refusals.add(f"protected inputs of {ring.interface} have no ring")  # so it is tried again
             return
         heir = self._reader_of_protected()
-        self.protections.inherit(heir.stats, former.stats)
+        self.protections.inherit(heir.stats, former.stats, with_counts=True)
         heir.forget_place(ring.number)
         ring.reader, heir.rings[ring.number] = heir.core, sock
         if heir.running and heir.predecessor is None:

@@ -11,7 +11,6 @@ from collections.abc import Collection
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from relay.dataplane.counters import StatsHeader, StatsSegment
 from relay.dataplane.layout import FAILOVER, PROTECTIONS_MAX, SEAMLESS
@@ -70,8 +69,11 @@ class Protections:
             return None
         return TableProtection(self.number_of(rule), leg, MODES[rule.protection], (rule.stall_ms or 0) * 1_000_000)
 
-    def inherit(self, heir: StatsSegment, former: StatsHeader) -> None:
-        """A worker goes on with what another has known that has ended, maybe one of a former supervisor."""
+    def inherit(self, heir: StatsSegment, former: StatsHeader, with_counts: bool) -> None:
+        """A worker goes on with what another has known that has ended.
+
+        Counts begin at 0 under a new supervisor, as all do.
+        """
         found = former.read_protections()
         if found is None:
             return
@@ -80,13 +82,13 @@ class Protections:
         by_identity: dict[int, Any] = {int(record["identity"]): record for record in records if record["identity"]}
         for rule, number in self._numbers.items():
             if rule in by_identity:
-                heir.protections[number] = _sound(by_identity[rule])
+                heir.protections[number] = by_identity[rule] if with_counts else _uncounted(by_identity[rule])
 
 
-def _sound(record: Any) -> Any:
-    """A record as a worker may have left it, with what is told to people within bounds."""
+def _uncounted(record: Any) -> Any:
+    """A record without its counts."""
     for name in ("switches", "withheld", "not_rtp"):
-        record[name] = max(int(record[name]), 0)
+        record[name] = 0
     for name in ("packets", "firsts", "expected"):
-        record["legs"][name] = np.maximum(record["legs"][name], 0)
+        record["legs"][name] = 0
     return record

@@ -248,7 +248,7 @@ def test_the_secondary_takes_over_and_hands_back(
     relay.wait_for_log("Rule tv went over to its secondary leg 239.1.1.1:5001 on spare")
     sending.goes_on()
     assert rule_of(relay)["protection"]["active"] == "secondary"
-    assert "went over to the secondary leg" in relay.control("doctor", "--all").stdout
+    assert "went over to the secondary leg" in relay.control("doctor", "--seconds", "0.1").stdout
     sending.cut[0] = False
     relay.wait_for_log("Rule tv is back on its primary leg 239.1.1.1:5001 on left")
     sending.goes_on()
