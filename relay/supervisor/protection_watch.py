@@ -134,8 +134,8 @@ class ProtectionWatch:
             self._tell(f"Nothing comes by the {about}: it is not protected", rule, is_over=False)
             return
         since_ns = known.silent_since_ns[index]
-        after = f" after {(last_ns - since_ns) // NS_PER_MS} ms" if 0 < since_ns < last_ns else ""
-        self._tell(f"The {about} delivers again{after}", rule, is_over=True)
+        again = f" again after {(last_ns - since_ns) // NS_PER_MS} ms" if 0 < since_ns < last_ns else ""
+        self._tell(f"The {about} delivers{again}", rule, is_over=True)
 
     def _tell(self, line: str, rule: Rule, is_over: bool) -> None:
         self._told += 1
