@@ -443,7 +443,7 @@ STATS_PIDS_OFFSET: Final = STATS_STREAMS_OFFSET + STREAMS_MAX * STREAM.itemsize
 STATS_PROTECTIONS_OFFSET: Final = STATS_PIDS_OFFSET + STREAMS_MAX * PIDS_MAX * PID.itemsize
 
 # What became of the two legs of protected rules (protect.py). One worker reads both legs of a rule, and writes.
-PROTECTIONS_MAX: Final = 512  # protected rules: what one core can merge is a few hundred streams
+PROTECTIONS_MAX: Final = 512  # protected rules: one core merges them all
 MERGE_WINDOW: Final = 32_768  # sequence numbers of which it is known whether they were let through
 LEG: Final = np.dtype(
     [

@@ -34,7 +34,7 @@ from relay.dataplane.layout import (
     offset_of,
 )
 from relay.dataplane.match import entry_at
-from relay.dataplane.memory import i32_at, i64_at, open_batch_at, stats_at
+from relay.dataplane.memory import BATCHES_MAX, i32_at, i64_at, open_batch_at, stats_at
 from relay.dataplane.parse import be16, be32
 from relay.dataplane.records import record_at
 from relay.dataplane.rtp import header_bytes
@@ -335,7 +335,8 @@ def relay_protected(m: Any, t: Any, entry_index: int, datagram: Any) -> int:
         passes = is_on_duty(m, row, datagram)
         leaving = int64(hand_on(m, t, entry_index, row, datagram, passes))
     else:
-        if i64_at(m.journal, 0).value + count > JOURNAL_ENTRIES:
+        # A drain between here and the last of these would strike from the journal what it has not sent.
+        if i64_at(m.journal, 0).value + count > JOURNAL_ENTRIES or m.batch_count + 2 * count > BATCHES_MAX:
             drain(m, t)
         leaving = int64(merge(m, t, entry_index, row, datagram))
     leg = leg_at(legs_of(m, int64(row.record)), int64(row.leg))
