@@ -129,7 +129,7 @@ def test_errors_have_their_names_and_are_counted_beside_the_causes() -> None:
 
 def test_a_rule_that_waits_says_so_and_has_no_time_before_its_first_datagram() -> None:
     assert (value("mcr_rule_active", rule="tv"), value("mcr_rule_active", rule="radio")) == (1, 0)
-    assert (value("mcr_rules", state="active"), value("mcr_rules", state="waiting")) == (1, 1)
+    assert (value("mcr_rules", state="active"), value("mcr_rules", state="waiting")) == (3, 1)
     assert value("mcr_rule_last_packet_timestamp_seconds", rule="radio") is None
 
 
