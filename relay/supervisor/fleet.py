@@ -179,6 +179,7 @@ class Worker:
         self.is_out_of_step = False
 
 
+Place = tuple[int, int]  # group, port
 RingKey = tuple[str, bool]  # interface, and whether it is the ring of its protected inputs
 
 
@@ -236,7 +237,7 @@ class Fleet:
         self._orphaned: dict[tuple[str, bool, int], KeptRing] = {}  # not adopted yet
         self.revision = 0  # of what `kept` and `inventory` tell
         self._rings: dict[RingKey, Ring] = {}
-        self._admitted: dict[RingKey, set[tuple[int, int]]] = {}  # by the filters that rings have now
+        self._admitted: dict[RingKey, set[Place]] = {}  # by the filters that rings have now
         self.protections = Protections()
         self._reader: int | None = None  # the core of the worker that reads protected inputs, of all interfaces
         self._ring_numbers = Numbers(layout.RINGS_MAX)
@@ -419,23 +420,31 @@ class Fleet:
 
     def _compiled(self, moved: bool) -> bytes:
         """The table of the plan; with `moved`, what goes from one ring to another is relayed from both."""
-        table_rules = [rule for planned in self.plan.rules for rule in self._table_rules(planned, moved)]
+        left = {key: self._moved_from(key) for key in self._rings} if moved else {}
+        table_rules = [rule for planned in self.plan.rules for rule in self._table_rules(planned, left)]
         return compile_table(table_rules, self._own_sources(), self.generation)
 
-    def _table_rules(self, planned: PlannedRule, moved: bool) -> Iterator[TableRule]:
-        """A rule for each leg. From a ring that an input leaves, a protected rule has its primary, and as it comes."""
+    def _table_rules(self, planned: PlannedRule, left: Mapping[RingKey, Collection[Place]]) -> Iterator[TableRule]:
+        """A rule for each leg. Where several workers read it, a protected rule has its primary, and as it comes.
+
+        So it is in rings that an input has `left`, and where the kernel has refused a ring for it.
+        """
         for number, (leg, interfaces) in enumerate(planned.inputs):
             place = address_number(leg.group), leg.port
-            keys = [(name, place in self.plan.protected.get(name, ())) for name in interfaces]
-            rings = tuple(self._rings[key].number for key in keys if key in self._rings)
-            table_rule = self._table_rule(planned, leg, rings)
+            keys = [key for name in interfaces if (key := self._key(name, place)) in self._rings]
             protection = self.protections.of_table(planned.rule, number)
+            merged = [key for key in keys if key[1] or protection is None]
+            plain = [key for key in keys if key not in merged]
+            plain += [key for name, shared in keys if place in left.get(key := (name, not shared), ())]
+            table_rule = self._table_rule(planned, leg, tuple(self._rings[key].number for key in merged))
             yield table_rule if protection is None else replace(table_rule, protection=protection)
-            if moved and number == 0:
-                others = [(name, not is_protected) for name, is_protected in keys]
-                left = tuple(self._rings[key].number for key in others if place in self._moved_from(key))
-                if left:
-                    yield replace(table_rule, rings=left)
+            if plain and number == 0:
+                yield replace(table_rule, rings=tuple(self._rings[key].number for key in plain))
+
+    def _key(self, interface: str, place: Place) -> RingKey:
+        """The ring of an interface that has an input."""
+        is_protected = place in self.plan.protected.get(interface, ()) and (interface, True) in self._rings
+        return interface, is_protected
 
     def _table_rule(self, planned: PlannedRule, leg: Leg, rings: tuple[int, ...]) -> TableRule:
         rule = planned.rule
@@ -600,13 +609,13 @@ class Fleet:
             former = self._orphans.kept.stats[worker.core]
             self.protections.inherit(worker.stats, former, with_counts=False)
 
-    def _wanted_by(self, key: RingKey) -> set[tuple[int, int]]:
+    def _wanted_by(self, key: RingKey) -> set[Place]:
         """What a ring is to admit."""
         name, is_protected = key
-        protected = self.plan.protected.get(name, set())
+        protected = self.plan.protected.get(name, set()) if (name, True) in self._rings else set()
         return protected if is_protected else self.plan.admitted[name] - protected
 
-    def _moved_from(self, key: RingKey) -> set[tuple[int, int]]:
+    def _moved_from(self, key: RingKey) -> set[Place]:
         """What a ring admits still, and its interface's other ring is to admit."""
         name, is_protected = key
         other = (name, not is_protected)
@@ -622,7 +631,7 @@ class Fleet:
         for key, inputs in wanted.items():
             self._attach(key, inputs)
 
-    def _attach(self, key: RingKey, inputs: set[tuple[int, int]]) -> None:
+    def _attach(self, key: RingKey, inputs: set[Place]) -> None:
         program = bpf.assemble(inputs)
         for worker in self._readers(self._rings[key]):
             attach_filter(worker.rings[self._rings[key].number], program)
@@ -649,7 +658,7 @@ class Fleet:
         for leg, interfaces in planned.inputs:
             place = address_number(leg.group), leg.port
             for name in interfaces:
-                ring = self._rings.get((name, place in self.plan.protected.get(name, ())))
+                ring = self._rings.get(self._key(name, place))
                 if ring is not None:
                     yield leg, ring.number
 

@@ -14,7 +14,7 @@ from logging_shm import Facility, LevelPolicy, SupervisorLogging
 from relay.dataplane import layout
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.table import view_table
-from relay.errors import RuleError
+from relay.errors import RelayError, RuleError
 from relay.rules import Output, Rule, Secondary, address_number
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.ingress import FRAME_BYTES, Fanout
@@ -124,6 +124,27 @@ def test_an_input_that_becomes_protected_is_read_from_both_rings_until_one_has_i
     fleet.finish()
     assert keys_of(fleet, "239.1.1.1") == {0: (1, False)}
     assert [list(worker.rings) for worker in fleet.workers] == [[0], [0]]
+
+
+def test_without_a_ring_of_its_own_a_protected_rule_has_its_primary_and_others_have_all(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_over(fleet, PLAIN, OTHER)
+    with monkeypatch.context() as refusing:
+        refusing.setattr("relay.supervisor.fleet.open_ring", refuse)
+        assert fleet.begin((TV, OTHER), snapshot(), strict=True) == ["packet ring on lo: Cannot allocate memory"]
+        fleet.finish()
+    assert fleet.is_incomplete
+    assert keys_of(fleet, "239.1.1.1") == {0: (2, False)}
+    send("239.1.1.1")
+    assert sum(len(frames_in(worker.rings[0])) for worker in fleet.workers) == 16
+    go_over(fleet, TV, OTHER)  # as it is tried again
+    assert not fleet.is_incomplete
+    assert keys_of(fleet, "239.1.1.1") == {1: (2, True)}
+
+
+def refuse(interface: str, *_: object) -> None:
+    raise RelayError(f"packet ring on {interface}: Cannot allocate memory")
 
 
 def test_another_worker_reads_on_where_one_is_given_up_and_knows_what_was_let_through(fleet: Fleet) -> None:
