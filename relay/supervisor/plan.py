@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from relay.dataplane.layout import RINGS_MAX
 from relay.errors import RuleError
-from relay.rules import Output, Rule, address_number, check_room, is_multicast
+from relay.rules import Output, Rule, check_room, is_multicast
 from relay.supervisor.egress import EgressKey, egress_key
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Listen
@@ -46,7 +46,7 @@ class Plan:
     rules: list[PlannedRule] = field(default_factory=list)
     rings: dict[str, int] = field(default_factory=dict)  # interface name → ifindex
     listens: set[Listen] = field(default_factory=set)
-    admitted: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # by interface name
+    admitted: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # by interface name
 
     def refuse(self, refused: Mapping[EgressKey, str]) -> None:
         """Let the outputs wait whose socket the kernel refused, with its reason."""
@@ -104,7 +104,7 @@ def make_plan(rules: Iterable[Rule], interfaces: Mapping[str, Interface], defaul
 def _plan_input(plan: Plan, rule: Rule, existing: Sequence[str], interfaces: Mapping[str, Interface]) -> None:
     multicast = is_multicast(rule.input_group)
     for name in existing:
-        plan.admitted.setdefault(name, set()).add((address_number(rule.input_group), rule.input_port))
+        plan.admitted.setdefault(name, set()).add((rule.input_group, rule.input_port))
         if multicast:
             plan.listens.add(Listen(rule.input_group, 0, interfaces[name].index, rule.source))
     if not multicast:
