@@ -11,14 +11,13 @@ Source: man 3 libnftables, man 8 nft, net/netfilter/nf_tables_api.c (NFT_TABLE_F
 
 import ctypes
 from collections.abc import Collection, Mapping
-from ipaddress import IPv4Address
 
 from relay.errors import PreflightError, RelayError
 
 LIBRARY = "libnftables.so.1"
 UNQUOTABLE = '"\\'
 
-Input = tuple[int, int]  # destination address and port, host order
+Input = tuple[str, int]  # destination address and port
 Interface = tuple[str, int]  # name, ifindex
 
 
@@ -114,4 +113,4 @@ class Exclusive:
 
 
 def _elements(inputs: Collection[Input]) -> str:
-    return "{ " + ", ".join(f"{IPv4Address(address)} . {port}" for address, port in sorted(inputs)) + " }"
+    return "{ " + ", ".join(f"{address} . {port}" for address, port in sorted(inputs)) + " }"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logging_shm.layout import MESSAGE_BYTES_MAX
-from logging_shm.render import ENDPOINT, KINDS, UNICODE_SHOWN, duration, printable, real, render, steps
+from logging_shm.render import ENDPOINT, KINDS, UNICODE_SHOWN, duration, endpoint, printable, real, render, steps
 from tests.logging_shm.reading import MAX_I64, MIN_I64, int64s
 
 templates = st.lists(
@@ -162,6 +162,8 @@ def test_steps_taken_one_by_one_say_what_rendering_says(template: str, arguments
             said += text.decode()
         elif kind == "pair":
             said += pairs.get(text.decode(), "")
+        elif kind == ENDPOINT:
+            said += endpoint(*arguments[argument:][:3]) if argument + 3 <= len(arguments) else ""
         elif argument < len(arguments):
             said += KINDS[kind](arguments[argument])
     assert said == render(template, 1, arguments, pairs)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from relay.errors import RelayError
-from relay.rules import address_number
 from relay.supervisor.exclusive import Exclusive
 from tests.system.conftest import StartRelay
 from tests.system.harness import BIN, DEADLINE_S, Relay, assert_perfect, receiving, send, wait_until
@@ -119,10 +118,10 @@ def test_a_refused_set_changes_nothing(line: Line) -> None:
         exclusive = Exclusive("unit")
         index = socket.if_nametoindex("left")
         try:
-            exclusive.apply({("left", index): {(address_number("239.1.1.1"), 5001)}})
+            exclusive.apply({("left", index): {("239.1.1.1", 5001)}})
             for name, port in (("left", 70_000), ('quo"te', 1)):
                 with pytest.raises(RelayError, match=r"table mcr_unit: .|quote"):
-                    exclusive.apply({(name, index): {(1, port)}})
+                    exclusive.apply({(name, index): {("0.0.0.1", port)}})
             listing = line.hosts[1].run(["nft", "list", "table", "netdev", "mcr_unit"], capture_output=True).stdout
             assert "239.1.1.1 . 5001" in listing
         finally:
