@@ -6,9 +6,11 @@ The supervisor compares a plan with what is open and changes only the difference
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from relay.addresses import is_ipv6, is_multicast
 from relay.dataplane.layout import RINGS_MAX
 from relay.errors import RuleError
-from relay.rules import Output, Rule, check_room, is_multicast
+from relay.rules import Output, Rule, check_room
+from relay.sockaddr import is_of_link
 from relay.supervisor.egress import EgressKey, egress_key
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Listen
@@ -70,7 +72,7 @@ def _plan_output(rule: Rule, output: Output, interfaces: Mapping[str, Interface]
     interface = interfaces.get(output.interface)
     if interface is None:
         return PlannedOutput(output, None, f"interface {output.interface} does not exist")
-    fault = interface.fault()
+    fault = interface.fault(is_ipv6(output.group))
     if fault is not None:
         return PlannedOutput(output, None, fault)
     ttl = output.ttl if isinstance(output.ttl, int) else None
@@ -89,7 +91,7 @@ def make_plan(rules: Iterable[Rule], interfaces: Mapping[str, Interface], defaul
         names |= dict.fromkeys(wanted)
         existing = tuple(name for name in wanted if name in interfaces)
         faults = [f"interface {name} does not exist" for name in wanted if name not in interfaces]
-        faults += [fault for name in existing if (fault := interfaces[name].fault())]
+        faults += [fault for name in existing if (fault := interfaces[name].fault(is_ipv6(rule.input_group)))]
         planned = tuple(_plan_output(rule, output, interfaces) for output in rule.outputs)
         plan.rules.append(PlannedRule(rule, existing, planned, faults[0] if faults else None))
         _plan_input(plan, rule, existing, interfaces)
@@ -108,4 +110,10 @@ def _plan_input(plan: Plan, rule: Rule, existing: Sequence[str], interfaces: Map
         if multicast:
             plan.listens.add(Listen(rule.input_group, 0, interfaces[name].index, rule.source))
     if not multicast:
-        plan.listens.add(Listen(rule.input_group, rule.input_port, 0, None))
+        plan.listens |= _held(rule, existing, interfaces)
+
+
+def _held(rule: Rule, existing: Sequence[str], interfaces: Mapping[str, Interface]) -> set[Listen]:
+    """A unicast input, which is held once for all interfaces, unless it exists once a link."""
+    indexes = [interfaces[name].index for name in existing] if is_of_link(rule.input_group) else [0]
+    return {Listen(rule.input_group, rule.input_port, index, None) for index in indexes}
