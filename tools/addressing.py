@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from relay.sockaddr import SockAddr, is_of_link, sockaddr
+
 HEADER_BYTES = {4: 28, 6: 48}  # IP and UDP, by version
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -27,19 +29,9 @@ class Interface:
     address: str
     mtu_bytes: int
 
-    def sockaddr(self, address: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-        """What to bind or connect to: addresses that exist once a link have the interface's index with them."""
-        parsed = ipaddress.ip_address(address)
-        if parsed.version == 4:
-            return address, port
-        return address, port, 0, self.index if is_of_a_link(parsed) else 0
-
-
-def is_of_a_link(address: Group) -> bool:
-    """Whether an IPv6 address means another host on another link: fe80::/10, and groups of scope 1 and 2, RFC 4291."""
-    if address.version == 4:
-        return False
-    return address.is_link_local or (address.is_multicast and address.packed[1] & 0xF <= 2)
+    def sockaddr(self, address: str, port: int) -> SockAddr:
+        """What to bind or connect to on this interface."""
+        return sockaddr(address, port, self.index)
 
 
 def find_interface(text: str, version: int = 4) -> Interface:
@@ -49,16 +41,16 @@ def find_interface(text: str, version: int = 4) -> Interface:
     """
     with contextlib.suppress(ValueError):
         text = str(ipaddress.ip_address(text))
-    found: list[tuple[str, Group]] = []
+    found: list[tuple[str, str]] = []
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:
             address = entry.address.partition("%")[0]
             if entry.family == FAMILY[version] and text in (name, address, f"{address}%{name}"):
-                found.append((name, ipaddress.ip_address(address)))
+                found.append((name, address))
     if version == 6:
         found.reverse()  # the kernel tells the newest first
-    for name, own in sorted(found, key=lambda place: is_of_a_link(place[1])):
-        return Interface(name, socket.if_nametoindex(name), str(own), psutil.net_if_stats()[name].mtu)
+    for name, own in sorted(found, key=lambda place: is_of_link(place[1])):
+        return Interface(name, socket.if_nametoindex(name), own, psutil.net_if_stats()[name].mtu)
     names = ", ".join(sorted(psutil.net_if_addrs()))
     raise UsageError(f"--interface {text}: no interface with an IPv{version} address; this host has {names}")
 
@@ -72,11 +64,6 @@ def parse_group(text: str) -> Group:
     if "%" in str(address):
         raise UsageError(f"--group {text}: give the address alone, --interface says on which link")
     return address
-
-
-def place_name(address: str, port: int) -> str:
-    """`address:port`, an IPv6 address in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def missing_route(group: Group, interface: Interface) -> str:

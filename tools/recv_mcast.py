@@ -32,15 +32,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from relay.addresses import endpoint
+from relay.sockaddr import sockaddr_storage
 from tools.addressing import (
     FAMILY,
     Group,
     Interface,
     UsageError,
     find_interface,
-    is_of_a_link,
     parse_group,
-    place_name,
     spread,
 )
 from tools.receiving import (
@@ -101,14 +101,6 @@ class Ending:
         return present_s - max(last_s or 0.0, self.drained_since_s or 0.0) >= self.idle_s
 
 
-def sockaddr_storage(address: Group, interface: Interface) -> bytes:
-    """A struct sockaddr_storage with an address, which is one of the interface's link where that matters."""
-    if address.version == 4:
-        return struct.pack("=HH4s", socket.AF_INET, 0, address.packed).ljust(128, b"\0")
-    scope = interface.index if is_of_a_link(address) else 0
-    return struct.pack("=HHI16sI", socket.AF_INET6, 0, 0, address.packed, scope).ljust(128, b"\0")
-
-
 def parse_source(text: str, group: Group) -> Group:
     """The sender to join for. Raises UsageError."""
     with contextlib.suppress(ValueError):
@@ -121,11 +113,11 @@ def parse_source(text: str, group: Group) -> Group:
 def join(sock: socket.socket, group: Group, interface: Interface, source: str | None) -> None:
     """Join a group, of one source if given."""
     level = socket.IPPROTO_IP if group.version == 4 else socket.IPPROTO_IPV6
-    request = struct.pack("@I4x", interface.index) + sockaddr_storage(group, interface)
+    request = struct.pack("@I4x", interface.index) + sockaddr_storage(str(group), interface.index)
     if source is None:
         sock.setsockopt(level, MCAST_JOIN_GROUP, request)
         return
-    request += sockaddr_storage(parse_source(source, group), interface)
+    request += sockaddr_storage(str(parse_source(source, group)), interface.index)
     sock.setsockopt(level, MCAST_JOIN_SOURCE_GROUP, request)
 
 
@@ -183,7 +175,7 @@ def summarise(
         "latency_us": {**percentiles(receiver.latency), "max": int(totals["latency_ns_max"]) / 1000},
         "per_flow": [
             {
-                "destination": place_name(*destinations[int(flow["socket"])]),
+                "destination": endpoint(*destinations[int(flow["socket"])]),
                 "flow": int(flow["number"]),
                 "datagrams": int(flow["datagrams"]),
                 "lost": int(gone),

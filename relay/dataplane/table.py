@@ -20,6 +20,7 @@ from relay.dataplane import layout
 from relay.dataplane.hashing import fold, hash_key
 from relay.dataplane.memory import TABLE_ENTRIES_MAX, address_of
 from relay.errors import RuleError
+from relay.sockaddr import scope
 
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 ALIGNMENT_BYTES = 64
@@ -137,15 +138,7 @@ def sockaddr(address: str, port: int, ifindex: int) -> bytes:
     if not is_ipv6(address):
         return struct.pack("=HH4s8x", socket.AF_INET, socket.htons(port), socket.inet_aton(address))
     raw = socket.inet_pton(socket.AF_INET6, address)
-    scope = ifindex if _is_of_a_link(raw) else 0
-    return struct.pack("=HHI16sI", socket.AF_INET6, socket.htons(port), 0, raw, scope)
-
-
-def _is_of_a_link(raw: bytes) -> bool:
-    """Whether an IPv6 address is link-local, or a group of link-local or interface-local scope."""
-    if raw[0] == 0xFF:
-        return raw[1] & 0xF in (1, 2)
-    return raw[0] == 0xFE and raw[1] & 0xC0 == 0x80
+    return struct.pack("=HHI16sI", socket.AF_INET6, socket.htons(port), 0, raw, scope(address, ifindex))
 
 
 def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generation: int) -> bytes:

@@ -10,6 +10,7 @@ from relay.addresses import is_ipv6, is_multicast
 from relay.dataplane.layout import RINGS_MAX
 from relay.errors import RuleError
 from relay.rules import Output, Rule, check_room
+from relay.sockaddr import is_of_link
 from relay.supervisor.egress import EgressKey, egress_key
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Listen
@@ -109,4 +110,10 @@ def _plan_input(plan: Plan, rule: Rule, existing: Sequence[str], interfaces: Map
         if multicast:
             plan.listens.add(Listen(rule.input_group, 0, interfaces[name].index, rule.source))
     if not multicast:
-        plan.listens.add(Listen(rule.input_group, rule.input_port, 0, None))
+        plan.listens |= _held(rule, existing, interfaces)
+
+
+def _held(rule: Rule, existing: Sequence[str], interfaces: Mapping[str, Interface]) -> set[Listen]:
+    """A unicast input, which is held once for all interfaces, unless it exists once a link."""
+    indexes = [interfaces[name].index for name in existing] if is_of_link(rule.input_group) else [0]
+    return {Listen(rule.input_group, rule.input_port, index, None) for index in indexes}

@@ -105,7 +105,7 @@ def test_each_interface_of_a_rule_is_captured_once() -> None:
         wanted: [(s.interface, s.source, len(s.incoming), len(s.outgoing)) for s in sides_of(LISTED, wanted)]
         for wanted in ("ingress", "egress", "both")
     }
-    source = 0x0A010001
+    source = "10.1.0.1"
     assert described == {
         "ingress": [("left", source, 1, 0), ("both", source, 1, 0)],
         "egress": [("right", None, 0, 2), ("both", None, 0, 1)],
