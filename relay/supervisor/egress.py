@@ -4,6 +4,7 @@ Privileged where the source address is preserved (CAP_NET_ADMIN for IP_TRANSPARE
 Source: man 7 ip, man 7 ipv6, man 7 udp, man 7 socket, linux/in6.h.
 """
 
+import errno
 import socket
 import struct
 
@@ -91,7 +92,10 @@ def open_egress(key: EgressKey) -> socket.socket:
             egress.close()
             raise
     except OSError as error:
-        raise RelayError(f"output {endpoint(key.group, key.port)} on {key.interface}: {error.strerror}") from error
+        reason = str(error.strerror)
+        if key.is_ipv6 and error.errno == errno.ENETUNREACH:  # lo has no route for groups, unlike for IPv4's
+            reason += f": ip -6 route add multicast ff00::/8 dev {key.interface} table local"
+        raise RelayError(f"output {endpoint(key.group, key.port)} on {key.interface}: {reason}") from error
     return egress
 
 
