@@ -2,9 +2,9 @@
 
     "First packet from {0:ip}:{1:port} of {rule}"
 
-A placeholder takes an argument by its number and kind, or a pair's value by its key. `{0:endpoint}` takes three: the
-halves of an IPv6 address in memory order, IPv4 in its mapped form (RFC 4291, 2.5.5.2), and a port. lines.py does the same in
-compiled code, from `steps`; tests hold the two against each other.
+A placeholder takes an argument by its number and kind, or a pair's value by its key. `{0:endpoint}` takes three: both
+halves of an IPv6 address in memory order, IPv4 in its mapped form (RFC 4291, 2.5.5.2), and a port. lines.py does the
+same in compiled code, from `steps`; tests hold the two against each other.
 """
 
 import ipaddress

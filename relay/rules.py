@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from relay.addresses import canonical, endpoint, is_ipv6
-from relay.addresses import is_multicast as is_multicast
+from relay.addresses import is_multicast as is_multicast  # noqa: PLC0414
 from relay.errors import RuleError
 
 RULE_ID_CHARS_MAX = 64
@@ -40,7 +40,7 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 
 
 class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One destination of a rule: `group` (an IPv4 or IPv6 address, multicast or unicast), `port`, egress `interface`."""
+    """One destination of a rule: an IPv4 or IPv6 `group` (multicast or unicast), `port`, egress `interface`."""
 
     group: Text
     port: int

@@ -114,6 +114,20 @@ def is_mapped(address: int) -> bool:
 
 
 @compiled
+def extension_bytes(header: int, extension: int, is_first: bool) -> int:
+    """The length of an extension header that datagrams may have; the negative of a DropCause of another."""
+    if header == NEXTHDR_FRAGMENT:
+        return -FRAGMENT if be16(extension + 2) & IP6_FRAGMENT_MASK else EXTENSION_BYTES_MIN
+    is_known = (
+        header == NEXTHDR_DEST
+        or (header == NEXTHDR_HOP and is_first)
+        # With segments left the destination is one on the way.
+        or (header == NEXTHDR_ROUTING and load_u8(extension + 3) == 0)
+    )
+    return (int64(load_u8(extension + 1)) + 1) * EXTENSION_BYTES_MIN if is_known else -PARSE_ERROR
+
+
+@compiled
 def find_udp_ipv6(ip: int, packet_bytes: int) -> int:
     """As `find_udp`, of an IPv6 header: behind at most EXTENSION_HEADERS_MAX extension headers."""
     if packet_bytes < IPV6_HEADER_BYTES + UDP_HLEN:
@@ -123,30 +137,15 @@ def find_udp_ipv6(ip: int, packet_bytes: int) -> int:
         return -PARSE_ERROR
     header = int64(load_u8(ip + 6))
     at = IPV6_HEADER_BYTES
-    for _ in range(EXTENSION_HEADERS_MAX):
-        if header == IPPROTO_UDP:
+    for i in range(EXTENSION_HEADERS_MAX):
+        if header == IPPROTO_UDP or at + EXTENSION_BYTES_MIN > end:
             break
-        if at + EXTENSION_BYTES_MIN > end:
-            return -PARSE_ERROR
-        extension = ip + at
-        extension_bytes = (int64(load_u8(extension + 1)) + 1) * EXTENSION_BYTES_MIN
-        if header == NEXTHDR_FRAGMENT:
-            if be16(extension + 2) & IP6_FRAGMENT_MASK:
-                return -FRAGMENT
-            extension_bytes = EXTENSION_BYTES_MIN
-        elif header == NEXTHDR_HOP:
-            if at != IPV6_HEADER_BYTES:
-                return -PARSE_ERROR
-        elif header == NEXTHDR_ROUTING:
-            if load_u8(extension + 3):  # segments left: the destination is another's yet
-                return -PARSE_ERROR
-        elif header != NEXTHDR_DEST:
-            return -PARSE_ERROR
-        header = int64(load_u8(extension))
-        at += extension_bytes
-    if header != IPPROTO_UDP or at + UDP_HLEN > end:
-        return -PARSE_ERROR
-    return at
+        passed_bytes = extension_bytes(header, ip + at, i == 0)
+        if passed_bytes < 0:
+            return passed_bytes
+        header = int64(load_u8(ip + at))
+        at += passed_bytes
+    return at if header == IPPROTO_UDP and at + UDP_HLEN <= end else -PARSE_ERROR
 
 
 @compiled
@@ -170,6 +169,16 @@ def take_addresses_ipv6(ip: int, datagram: Any) -> None:
 
 
 @compiled
+def find_ip(frame: int) -> int:
+    """Where the header behind at most VLAN_TAGS_MAX tags begins; its ethertype is in the two bytes before."""
+    ip = frame + ETH_HLEN
+    for _ in range(VLAN_TAGS_MAX):
+        if be16(ip - 2) in (ETH_P_8021Q, ETH_P_8021AD):
+            ip += VLAN_HLEN
+    return ip
+
+
+@compiled
 def parse(  # noqa: PLR0911 - one return a cause keeps the order of checks visible
     frame: int, frame_bytes: int, gso_type: int, gso_size: int, checksum_trusted: bool, datagram: Any
 ) -> int:
@@ -181,20 +190,13 @@ def parse(  # noqa: PLR0911 - one return a cause keeps the order of checks visib
     datagram.datagrams = 1
     if frame_bytes < ETH_HLEN + IPV4_HEADER_BYTES_MIN + UDP_HLEN:
         return PARSE_ERROR
-    ip = frame + ETH_HLEN
-    ethertype = be16(frame + 12)
-    for _ in range(VLAN_TAGS_MAX):
-        if ethertype in (ETH_P_8021Q, ETH_P_8021AD):
-            ethertype = be16(ip + 2)
-            ip += VLAN_HLEN
+    ip = find_ip(frame)
     packet_bytes = frame + frame_bytes - ip
+    ethertype = be16(ip - 2)
     is_ipv6 = ethertype == ETH_P_IPV6
-    if is_ipv6:
-        found = find_udp_ipv6(ip, packet_bytes)
-    elif ethertype == ETH_P_IP:
-        found = find_udp(ip, packet_bytes)
-    else:
+    if not is_ipv6 and ethertype != ETH_P_IP:
         return PARSE_ERROR
+    found = find_udp_ipv6(ip, packet_bytes) if is_ipv6 else find_udp(ip, packet_bytes)
     if found < 0:
         return -found
 

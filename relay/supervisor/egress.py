@@ -93,8 +93,8 @@ def open_egress(key: EgressKey) -> socket.socket:
             raise
     except OSError as error:
         reason = str(error.strerror)
-        if key.is_ipv6 and error.errno == errno.ENETUNREACH:  # lo has no route for groups, unlike for IPv4's
-            reason += f": ip -6 route add multicast ff00::/8 dev {key.interface} table local"
+        if key.is_ipv6 and error.errno == errno.ENETUNREACH and key.interface == "lo":
+            reason += ", IPv6 has no groups there by itself: ip -6 route add local ff00::/8 dev lo"
         raise RelayError(f"output {endpoint(key.group, key.port)} on {key.interface}: {reason}") from error
     return egress
 

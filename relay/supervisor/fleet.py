@@ -354,8 +354,8 @@ class Fleet:
             try:
                 if len(opened) >= room_left:
                     raise RelayError(
-                        f"output {endpoint(key.group, key.port)} on {key.interface}: {room.limit_now()} files may be open, "
-                        f"and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
+                        f"output {endpoint(key.group, key.port)} on {key.interface}: {room.limit_now()} files may be "
+                        f"open, and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
                     )
                 sock = open_egress(key)
             except RelayError as error:

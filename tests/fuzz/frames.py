@@ -111,7 +111,8 @@ def _sound_frames6() -> list[Packet]:
     packets += [datagram6(_payload(40), index=1, source=source) for source in SOURCES6]
     packets += [datagram6(_payload(60), *e) for e in ((hop,), (hop, destination, routing, destination), (whole,))]
     packets += [datagram6(_payload(60), *e) for e in ((part,), (destination, last), (destination,) * 8)]
-    packets += [datagram6(_payload(60), sport=OWN_PORT, source=SOURCES6[2]), datagram6(_payload(9), sport=OWN_PRESERVING_PORT)]
+    packets.append(datagram6(_payload(60), sport=OWN_PORT, source=SOURCES6[2]))
+    packets.append(datagram6(_payload(9), sport=OWN_PRESERVING_PORT))
     tagged = [ETHERNET / tag / packets[3], ETHERNET / outer / tag / packets[4], ETHERNET / tag / packets[-4]]
     return [*(ETHERNET / packet for packet in packets), *tagged]
 
@@ -173,10 +174,8 @@ def put_udp_checksum_right(frame: Any, length: int) -> None:
     ip = ip_offset(frame, length)
     if ip < 0 or ip + 20 > length:
         return
-    if frame[ip] >> 4 == 6:
-        udp = find_udp6(frame, length, ip)
-    else:
-        udp = ip + (np.int64(frame[ip]) & 15) * 4
+    is_six = frame[ip] >> 4 == 6
+    udp = find_udp6(frame, length, ip) if is_six else ip + (np.int64(frame[ip]) & 15) * 4
     if udp < 0 or udp + 8 > length:
         return
     size = number(frame, udp + 4, 2)

@@ -1,4 +1,4 @@
-"""What must become of a frame: a plain parser that shares nothing with the relay's, written from RFC 791, RFC 8200 and RFC 768.
+"""What must become of a frame: a plain parser that shares nothing with the relay's, from RFC 791, RFC 8200 and RFC 768.
 
 It is called on copies that the relay never sees. Compiled, as it judges ten million frames; test_packets.py compares it
 with what scapy builds. `frame` is u1[n], `length` says how much of it is the frame.
