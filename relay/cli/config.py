@@ -15,7 +15,7 @@ from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
 from relay.differences import Differences, FieldChange, compare, compare_options
 from relay.errors import ConfigError, ExitCode
-from relay.rules import Rule, chain_warnings, fingerprint, output_name
+from relay.rules import Rule, chain_warnings, fingerprint, input_name, output_name
 
 DIFF_FAILED = 2  # as of diff(1): 0 the same, 1 different, 2 trouble
 
@@ -133,7 +133,7 @@ def _whole(rule: Rule) -> str:
     outputs = ", ".join(output_name(output) + _extras(msgspec.to_builtins(output)) for output in rule.outputs)
     preserving = ", source preserved" if rule.preserve_source else ""
     stall = f", stalled after {rule.stall_ms} ms" if rule.stall_ms else ""
-    return f"{rule.input_group}:{rule.input_port}{interface}{source} -> {outputs}{preserving}{stall}"
+    return f"{input_name(rule)}{interface}{source} -> {outputs}{preserving}{stall}"
 
 
 def _extras(output: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from relay.addresses import endpoint
+
 SHOWN_OUTPUTS_MAX = 3
 LATENCY_COLUMNS = ("p50", "p90", "p99", "p99.9", "p99.99", "max")
 TS_TROUBLE = (
@@ -20,8 +22,8 @@ TS_TROUBLE = (
 
 def _console() -> Console:
     # A pipe has no width: rows stay whole for grep.
-    console = Console(soft_wrap=False, highlight=False)
-    return console if console.is_terminal else Console(width=200, highlight=False)
+    console = Console(soft_wrap=False, highlight=False, markup=False)
+    return console if console.is_terminal else Console(width=200, highlight=False, markup=False)
 
 
 def _table(*columns: str) -> Table:
@@ -50,7 +52,7 @@ def _outputs(rule: dict[str, Any]) -> str:
     names = []
     for output in rule["outputs"]:
         ttl = f":{output['ttl']}" if output["ttl"] is not None else ""
-        names.append(f"{output['group']}:{output['port']}:{output['interface']}{ttl}")
+        names.append(f"{endpoint(output['group'], output['port'])}:{output['interface']}{ttl}")
     more = f" and {len(names) - SHOWN_OUTPUTS_MAX} more" if len(names) > SHOWN_OUTPUTS_MAX else ""
     return " ".join(names[:SHOWN_OUTPUTS_MAX]) + more
 
@@ -61,7 +63,7 @@ def rules(result: list[dict[str, Any]]) -> None:
     for rule in result:
         table.add_row(
             rule["rule_id"],
-            f"{rule['input_group']}:{rule['input_port']}",
+            endpoint(rule["input_group"], rule["input_port"]),
             rule["input_interface"] or "any",
             rule["source"] or "any",
             _outputs(rule),

@@ -17,6 +17,7 @@ import msgspec
 
 from logging_shm import LevelPolicy, SharedMemoryLogManager
 from relay import bpf
+from relay.addresses import endpoint
 from relay.dataplane import events, layout
 from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
@@ -24,7 +25,7 @@ from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_tab
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
 from relay.messages import AddRing, CloseSockets, Drain, FromWorker, Outlive, RemoveRing, SetSockets, SetTable
-from relay.rules import Output, Rule, address_number
+from relay.rules import Output, Rule
 from relay.supervisor import room
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -353,7 +354,7 @@ class Fleet:
             try:
                 if len(opened) >= room_left:
                     raise RelayError(
-                        f"output {key.group}:{key.port} on {key.interface}: {room.limit_now()} files may be open, "
+                        f"output {endpoint(key.group, key.port)} on {key.interface}: {room.limit_now()} files may be open, "
                         f"and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
                     )
                 sock = open_egress(key)
@@ -403,21 +404,22 @@ class Fleet:
             outputs.append(
                 TableOutput(
                     slot=self.output_slots[rule.rule_id, output],
-                    address=address_number(output.group),
+                    address=output.group,
                     port=output.port,
                     socket=0 if key is None else self._egress[key][0],
                     gso_segment_bytes_max=0 if key is None else key.gso_segment_bytes_max,
                     connected=key is not None and key.is_connected,
                     ttl_decrement=output.ttl == "decrement",
                     waiting=key is None,
+                    ifindex=0 if key is None else key.ifindex,
                 )
             )
         return TableRule(
             slot=self.rule_slots[rule.rule_id],
             name=rule.rule_id,
-            group=address_number(rule.input_group),
+            group=rule.input_group,
             port=rule.input_port,
-            source=address_number(rule.source) if rule.source else 0,
+            source=rule.source,
             rings=tuple(self._rings[name].number for name in planned.interfaces if name in self._rings),
             preserve_source=rule.preserve_source,
             outputs=tuple(outputs),
@@ -426,9 +428,9 @@ class Fleet:
     def _own_sources(self) -> list[OwnSource]:
         return [
             OwnSource(
-                address=0 if key.preserve_source else address_number(key.address),
+                address=None if key.preserve_source else key.address,
                 port=sock.getsockname()[1],
-                destination=address_number(key.group),
+                destination=key.group,
                 destination_port=key.port,
             )
             for key, (_, sock) in self._egress.items()

@@ -5,10 +5,10 @@ from collections import defaultdict
 import msgspec
 
 from relay.health import StreamHealth, streams
-from relay.rules import Rule
+from relay.rules import Rule, input_name
 from relay.supervisor.fleet import Fleet
 
-Input = tuple[str, str]  # "group:port", interface
+Input = tuple[str, str]  # as input_name has it, interface
 
 
 def inputs_of(fleet: Fleet) -> dict[Input, list[Rule]]:
@@ -16,7 +16,7 @@ def inputs_of(fleet: Fleet) -> dict[Input, list[Rule]]:
     found: dict[Input, list[Rule]] = defaultdict(list)
     for planned in fleet.plan.rules:
         for interface in planned.interfaces:
-            found[f"{planned.rule.input_group}:{planned.rule.input_port}", interface].append(planned.rule)
+            found[input_name(planned.rule), interface].append(planned.rule)
     return found
 
 
@@ -32,7 +32,7 @@ def streams_by_rule(fleet: Fleet) -> dict[str, list[StreamHealth]]:
         if interface is None:
             continue
         named = msgspec.structs.replace(stream, interface=interface)
-        sender = stream.source.rpartition(":")[0]
+        sender = stream.source.rpartition(":")[0].strip("[]")
         for rule in rules.get((stream.destination, interface), ()):
             if rule.source in (None, sender):
                 found[rule.rule_id].append(named)

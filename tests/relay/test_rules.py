@@ -1,5 +1,6 @@
 """Rules as values: what is refused and why, names, merging, cycles."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,8 @@ def by_id(*rules: Rule) -> dict[str, Rule]:
         ("239.2.2.2:6001:lo", Output("239.2.2.2", 6001, "lo")),
         ("239.2.2.2:6001:lo:9", Output("239.2.2.2", 6001, "lo", 9)),
         ("10.0.0.1:1:eth0.5:decrement", Output("10.0.0.1", 1, "eth0.5", "decrement")),
+        ("[ff3e::1]:5000:eth1", Output("ff3e::1", 5000, "eth1")),
+        ("[fe80::1]:5000:eth1:decrement", Output("fe80::1", 5000, "eth1", "decrement")),
     ],
 )
 def test_outputs_are_read_from_text(text: str, output: Output) -> None:
@@ -53,7 +56,7 @@ def test_outputs_are_read_from_text(text: str, output: Output) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "239.2.2.2", "239.2.2.2:x:lo", "239.2.2.2:1:lo:0", "239.2.2.2:1:", "[ff3e::1]:1:lo"]
+    "text", ["", "239.2.2.2", "239.2.2.2:x:lo", "239.2.2.2:1:lo:0", "239.2.2.2:1:", "ff3e::1:1:lo", "[239.2.2.2]:1:lo", "[]:1:lo"]
 )
 def test_outputs_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(RuleError):
@@ -84,6 +87,19 @@ def test_ttl_out_of_range_is_refused(ttl: str) -> None:
         ({"input_port": 70_000}, "from 1 to 65535"),
         ({"source": "239.1.1.1"}, "give a sender's unicast address"),
         ({"outputs": ()}, "0 outputs"),
+        ({"input_group": "::"}, "neither a multicast group nor a unicast address"),
+        ({"input_group": "ff10::1"}, "neither"),
+        ({"input_group": "fe80::1%eth0"}, "leave out %eth0, the interface is given besides: fe80::1"),
+        ({"input_group": "::ffff:239.1.1.1"}, "is IPv4 in an IPv6 address: give 239.1.1.1"),
+        ({"input_group": "[ff3e::1]"}, "is not an address such as 239.1.1.1 or ff3e"),
+        ({"source": "2001:db8::7"}, "source 2001:db8::7 never sends to 239.1.1.1: give an IPv4 address"),
+        ({"input_group": "ff3e::1", "source": "10.0.0.7"}, "give an IPv6 address"),
+        ({"input_group": "ff3e::1", "source": "ff3e::1"}, "give a sender's unicast address"),
+        ({"input_group": "ff3e::1", "preserve_source": True}, "output 239.2.2.2:1:lo is not IPv6 as the input"),
+        (
+            {"outputs": (Output("ff3e::1", 1, "lo"), Output("FF3E:0::1", 1, "lo", 5))},
+            r"output \[ff3e::1\]:1:lo is given twice",
+        ),
         ({"outputs": (Output("239.2.2.2", 1, "lo"), Output("239.2.2.2", 1, "lo", 5))}, "given twice"),
         ({"outputs": (Output("239.2.2.2", 1, "lo", dscp=64),)}, "dscp 64"),
     ],
@@ -92,6 +108,24 @@ def test_rules_that_cannot_work_are_refused(changes: dict[str, object], message:
     fields = {"rule_id": "r", "input_group": "239.1.1.1", "input_port": 1, "outputs": (Output("239.2.2.2", 1, "lo"),)}
     with pytest.raises(RuleError, match=message):
         validate(Rule(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def test_an_ipv6_address_has_one_form_however_it_is_written() -> None:
+    plain = Rule(
+        input_group="ff3e::8000:1", input_port=1, source="2001:db8::7", outputs=(Output("2001:db8::9", 1, "lo"),)
+    )
+    odd = Rule(
+        input_group="FF3E:0:0::8000:0001",
+        input_port=1,
+        source="2001:0DB8::0.0.0.7",
+        outputs=(Output("2001:db8:0:0:0:0:0:9", 1, "lo"),),
+    )
+    assert named(odd) == named(plain)
+    assert validate(msgspec.structs.replace(odd, rule_id="r")) == msgspec.structs.replace(plain, rule_id="r")
+
+
+def test_names_of_rules_without_one_are_what_they_have_been() -> None:
+    assert named(rule("", "239.1.1.1:5001", "239.2.2.2:6001:lo")).rule_id == "r-b59b9701de45"
 
 
 def test_the_hash_of_a_rule_depends_on_its_content_alone() -> None:

@@ -13,9 +13,10 @@ from relay.cli.explaining.way_in import admits, frame, likely_interface, own_egr
 from relay.cli.host import IFF_LOOPBACK, IFF_UP, UdpSocket
 from relay.dataplane.match import NO_ENTRY, is_own_source, match
 from relay.dataplane.table import OwnSource, TableRule, compile_table, view_table
-from relay.rules import Output, Rule, address_number
+from relay.rules import Output, Rule
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import Plan, make_plan
+from tests.relay.dataplane.bare import addressed
 
 INTERFACES = {
     name: Interface(name, index, True, True, 1500, (f"10.{index}.0.1",))
@@ -50,9 +51,9 @@ def compiled_rules(plan: Plan) -> list[TableRule]:
         TableRule(
             slot=slot,
             name=planned.rule.rule_id,
-            group=address_number(planned.rule.input_group),
+            group=planned.rule.input_group,
             port=planned.rule.input_port,
-            source=address_number(planned.rule.source) if planned.rule.source else 0,
+            source=planned.rule.source,
             rings=tuple(rings[name] for name in planned.interfaces),
             preserve_source=False,
             outputs=(),
@@ -90,7 +91,7 @@ def test_the_rules_that_match_are_those_that_the_compiled_matcher_finds(
         return
     table = view_table(compile_table(compiled_rules(plan), (), 1))
     ring = list(plan.rings).index(interface)
-    entry = match(table.view, address_number(group), port, ring, address_number(source))
+    entry = match(table.view, addressed(source, group), port, ring)
     matched = set()
     if entry != NO_ENTRY:
         first, count = table["entries"][entry]["first_route"], table["entries"][entry]["routes"]
@@ -179,12 +180,11 @@ def test_own_egress_is_what_the_compiled_check_finds(
     for number, (to, to_port, preserve) in enumerate(outputs):
         remote = ("0.0.0.0", 0) if preserve else (to, to_port)
         sockets.append(UdpSocket(("10.3.0.1", 40_000 + number), remote, number))
-        address = 0 if preserve else address_number("10.3.0.1")
-        own.append(OwnSource(address, 40_000 + number, address_number(to), to_port))
+        own.append(OwnSource(None if preserve else "10.3.0.1", 40_000 + number, to, to_port))
     sockets.append(UdpSocket(("10.3.0.1", 40_004), ("239.1.1.1", 5000), 99))  # another program's
     found = own_egress(facts_of(rules, sockets), Datagram(source, source_port, group, port, "lo")).verdict == "stop"
     table = view_table(compile_table((), own, 1))
-    assert found is is_own_source(table.view, address_number(source), source_port, address_number(group), port)
+    assert found is is_own_source(table.view, addressed(source, group, source_port, port))
 
 
 def test_the_interface_in_whose_network_the_source_is_comes_first() -> None:
