@@ -4,6 +4,7 @@ Privileged where the source address is preserved (CAP_NET_ADMIN for IP_TRANSPARE
 Source: man 7 ip, man 7 ipv6, man 7 udp, man 7 socket, linux/in6.h.
 """
 
+import errno
 import socket
 import struct
 
@@ -91,8 +92,19 @@ def open_egress(key: EgressKey) -> socket.socket:
             egress.close()
             raise
     except OSError as error:
-        raise RelayError(f"output {endpoint(key.group, key.port)} on {key.interface}: {error.strerror}") from error
+        hint = _missing_route(key) if error.errno == errno.ENETUNREACH else ""
+        raise RelayError(
+            f"output {endpoint(key.group, key.port)} on {key.interface}: {error.strerror}{hint}"
+        ) from error
     return egress
+
+
+def _missing_route(key: EgressKey) -> str:
+    """What helps where IPv6 multicast finds no way out: on lo it never does by itself."""
+    if not key.is_ipv6 or not is_multicast(key.group):
+        return ""
+    kind = "local" if key.interface == "lo" else "multicast"
+    return f": `ip -6 route add {kind} ff00::/8 dev {key.interface} table local` makes a way"
 
 
 def _set_up(egress: socket.socket, key: EgressKey) -> None:
