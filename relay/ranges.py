@@ -75,7 +75,9 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Text,
         _about("Name: up to 64 letters, digits and `. _ : @ -`. Empty: a hash of the rule. With a range: with fields."),
     ] = ""
-    input_group: Annotated[Text, _about("Multicast group, or a unicast address of this host; IPv4 or IPv6. Or a range of them.")]
+    input_group: Annotated[
+        Text, _about("Multicast group, or a unicast address of this host; IPv4 or IPv6. Or a range of them.")
+    ]
     input_port: Annotated[int | Text, _about('UDP port, 1 to 65535. Or a range such as `"5000-5099"`.')]
     outputs: Annotated[
         tuple[ConfiguredOutput | str, ...],
@@ -176,7 +178,9 @@ def _template(what: str, text: str, groups: Groups | None) -> Render:
     for index, piece in enumerate(FIELD.split(text)):
         if index % 2 == 0:
             if "{" in piece or "}" in piece:
-                raise RuleError(f"{what} {text!r}: a brace without its other one; fields are {FIELDS_HELP % f'g{parts}'}")
+                raise RuleError(
+                    f"{what} {text!r}: a brace without its other one; fields are {FIELDS_HELP % f'g{parts}'}"
+                )
             pieces.append(piece)
         elif piece == "group":
             pieces.append(lambda at: str(at.group))

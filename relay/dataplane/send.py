@@ -98,9 +98,7 @@ def write_header(at: int, payload_bytes: int, level: int, kind: int) -> None:
 
 
 @compiled
-def write_control(
-    control: int, is_ipv6: bool, segment_bytes: int, ttl: int, src_first: int, src_second: int
-) -> int:
+def write_control(control: int, is_ipv6: bool, segment_bytes: int, ttl: int, src_first: int, src_second: int) -> int:
     """Write the control messages at `control`; return their length. 0 leaves a message out.
 
     man 7 udp (UDP_SEGMENT), man 7 ip (IP_TTL, IP_PKTINFO's ipi_spec_dst), RFC 3542 (IPV6_HOPLIMIT, IPV6_PKTINFO: the

@@ -92,10 +92,8 @@ def open_egress(key: EgressKey) -> socket.socket:
             egress.close()
             raise
     except OSError as error:
-        hint = _missing_route(key) if error.errno == errno.ENETUNREACH else ""
-        raise RelayError(
-            f"output {endpoint(key.group, key.port)} on {key.interface}: {error.strerror}{hint}"
-        ) from error
+        reason = f"{error.strerror}{_missing_route(key) if error.errno == errno.ENETUNREACH else ''}"
+        raise RelayError(f"output {endpoint(key.group, key.port)} on {key.interface}: {reason}") from error
     return egress
 
 

@@ -103,7 +103,8 @@ def test_an_address_with_its_port_is_as_ipaddress_writes_it(raw: bytes, port: in
     def put_it(at: int, address: int) -> int:
         return int(put_endpoint(at, address))
 
-    assert written(put_it, memory.ctypes.data) == endpoint(*struct.unpack("<qq", raw), port)
+    first, second = struct.unpack("<qq", raw)
+    assert written(put_it, memory.ctypes.data) == endpoint(first, second, port)
 
 
 @given(int64s | st.integers(-2_000_000_000, 2_000_000_000))

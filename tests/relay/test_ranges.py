@@ -73,7 +73,9 @@ def test_ranges_of_outputs_go_along_with_the_inputs() -> None:
 
 def test_ranges_of_ipv6_and_their_fields() -> None:
     ways = {"input_group": "FF3E:0::8000:0fc/126", "input_port": 5000}
-    made = rules(**ways, outputs=("[ff05::{g7}:{g8+1}]:{port}:eth1", "239.2.2.{n}:{port}:eth1", "[{group}]:{port}:eth2"))
+    made = rules(
+        **ways, outputs=("[ff05::{g7}:{g8+1}]:{port}:eth1", "239.2.2.{n}:{port}:eth1", "[{group}]:{port}:eth2")
+    )
     assert [rule.input_group for rule in made] == [f"ff3e::8000:{last}" for last in ("fc", "fd", "fe", "ff")]
     assert [output_name(output) for output in made[3].outputs] == [
         "[ff05::8000:100]:5000:eth1", "239.2.2.4:5000:eth1", "[ff3e::8000:ff]:5000:eth2"

@@ -56,7 +56,17 @@ def test_outputs_are_read_from_text(text: str, output: Output) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "239.2.2.2", "239.2.2.2:x:lo", "239.2.2.2:1:lo:0", "239.2.2.2:1:", "ff3e::1:1:lo", "[239.2.2.2]:1:lo", "[]:1:lo"]
+    "text",
+    [
+        "",
+        "239.2.2.2",
+        "239.2.2.2:x:lo",
+        "239.2.2.2:1:lo:0",
+        "239.2.2.2:1:",
+        "ff3e::1:1:lo",
+        "[239.2.2.2]:1:lo",
+        "[]:1:lo",
+    ],
 )
 def test_outputs_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(RuleError):

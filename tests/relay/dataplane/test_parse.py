@@ -37,7 +37,8 @@ def run_parse(frame: bytes, gso_type: int = 0, gso_size: int = 0, trusted: bool 
 
 
 def addresses(datagram: Any) -> tuple[str, str]:
-    return tuple(text_of(int(datagram[f"{side}_first"]), int(datagram[f"{side}_second"])) for side in ("src", "dst"))
+    source = text_of(int(datagram["src_first"]), int(datagram["src_second"]))
+    return source, text_of(int(datagram["dst_first"]), int(datagram["dst_second"]))
 
 
 def udp(payload: bytes, **ip: Any) -> Packet:
@@ -195,7 +196,9 @@ def test_checksum_of_any_payload_is_verified(payload: bytes, make: Callable[[byt
 @given(data=st.data())
 @settings(max_examples=500, deadline=None)
 def test_mutated_frames_never_yield_bytes_outside_the_frame(data: st.DataObject) -> None:
-    packet = data.draw(st.sampled_from([udp(b"payload" * 9), udp6(b"payload" * 9), udp6(b"payload", HOP, ROUTING, DEST)]))
+    packet = data.draw(
+        st.sampled_from([udp(b"payload" * 9), udp6(b"payload" * 9), udp6(b"payload", HOP, ROUTING, DEST)])
+    )
     frame = bytearray(bytes(ETHER / Dot1Q(vlan=7) / packet))
     for _ in range(data.draw(st.integers(0, 6))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))

@@ -83,12 +83,15 @@ def test_a_socket_that_preserves_sources_is_known_by_where_it_sends() -> None:
     [("fe80::1", 7), ("febf::1", 7), ("ff02::1", 7), ("ff12::1", 7), ("ff11::1", 7), ("ff05::1", 0), ("fec0::1", 0)],
 )
 def test_where_an_output_sends_is_told_as_the_kernel_wants_it(address: str, scope: int) -> None:
-    rule = TableRule(0, "r", "239.0.0.1", 1, None, (0,), False, (TableOutput(0, address, 6001, 0, 0, False, False, ifindex=7),))
+    rule = TableRule(
+        0, "r", "239.0.0.1", 1, None, (0,), False, (TableOutput(0, address, 6001, 0, 0, False, False, ifindex=7),)
+    )
     name = view_table(compile_table([rule], (), 1))["outputs"][0]
     raw = name["name"].tobytes()[: name["name_bytes"]]
     family, port, flow, number, scope_id = struct.unpack("=HHI16sI", raw)
     assert (family, socket.ntohs(port), flow, scope_id) == (socket.AF_INET6, 6001, 0, scope)
     assert socket.inet_ntop(socket.AF_INET6, number) == address
+
 
 def test_a_published_table_cannot_be_changed_by_whoever_maps_it() -> None:
     fd = publish(compile_table((), (), 3))
