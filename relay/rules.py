@@ -7,7 +7,6 @@ need, and the data plane sees only the tables compiled from them.
 import hashlib
 import ipaddress
 import re
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,7 +16,6 @@ import msgspec
 from msgspec import Meta
 
 from relay.addresses import canonical, endpoint, is_ipv6
-from relay.addresses import is_multicast as is_multicast  # noqa: PLC0414
 from relay.errors import RuleError
 
 RULE_ID_CHARS_MAX = 64
@@ -77,11 +75,6 @@ def describe(rule: Rule) -> str:
     source = f"{rule.source} " if rule.source else ""
     outputs = ", ".join(output_name(output) for output in rule.outputs)
     return f"{source}{input_name(rule)} -> {outputs}"
-
-
-def address_number(address: str) -> int:
-    """A valid dotted IPv4 address as a number in host order; ipaddress takes seven times as long."""
-    return int.from_bytes(socket.inet_aton(address), "big")
 
 
 def content_id(rule: Rule) -> str:

@@ -92,11 +92,17 @@ def open_egress(key: EgressKey) -> socket.socket:
             egress.close()
             raise
     except OSError as error:
-        reason = str(error.strerror)
-        if key.is_ipv6 and error.errno == errno.ENETUNREACH and key.interface == "lo":
-            reason += ", IPv6 has no groups there by itself: ip -6 route add local ff00::/8 dev lo"
+        reason = f"{error.strerror}{_missing_route(key) if error.errno == errno.ENETUNREACH else ''}"
         raise RelayError(f"output {endpoint(key.group, key.port)} on {key.interface}: {reason}") from error
     return egress
+
+
+def _missing_route(key: EgressKey) -> str:
+    """What helps where IPv6 multicast finds no way out: on lo it never does by itself."""
+    if not key.is_ipv6 or not is_multicast(key.group):
+        return ""
+    kind = "local" if key.interface == "lo" else "multicast"
+    return f": `ip -6 route add {kind} ff00::/8 dev {key.interface} table local` makes a way"
 
 
 def _set_up(egress: socket.socket, key: EgressKey) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from relay.rules import is_multicast
+from relay.addresses import is_multicast
 from relay.supervisor.egress import EgressKey
 
 ARP_TABLE = Path("/proc/net/arp")
