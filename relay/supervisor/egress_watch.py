@@ -1,27 +1,25 @@
 """What the kernel drops behind the sockets' back: asked for once a second, told in the log.
 
-Owned by the supervisor. A send succeeds that waits for an answer to ARP or neighbour discovery which never comes, that
-finds the queue of an interface full (unicast sockets aren't told), or that an interface without a link throws away. No
-counter of an output has them; here at least the interface, or the receiver, is named.
-Source: man 7 arp, linux/rtnetlink.h, linux/neighbour.h, linux/pkt_sched.h (struct tc_stats).
+Owned by the supervisor. A send succeeds that waits for an ARP answer which never comes, that finds the queue of an
+interface full (unicast sockets aren't told), or that an interface without a link throws away. No counter of an output
+has them; here at least the interface, or the receiver, is named.
+Source: man 7 arp, linux/rtnetlink.h, linux/pkt_sched.h (struct tc_stats).
 """
 
 import socket
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
 
-from relay.addresses import ADDRESS_BYTES, is_ipv6, is_multicast, unpacked
+from relay.addresses import is_multicast
 from relay.supervisor.egress import EgressKey
 
 ARP_TABLE = Path("/proc/net/arp")
 ATF_COM = 0x02  # linux/if_arp.h: the entry has a hardware address
 LOOKS_UNANSWERED = 2  # an answer takes a moment: what one look finds may be about to come
 LINES_MAX = 20  # of each kind, a look
-RTM_NEWNEIGH = 28
-RTM_GETNEIGH = 30
 RTM_NEWQDISC = 36
 RTM_GETQDISC = 38
 NLM_F_REQUEST_DUMP = 0x301
@@ -29,9 +27,6 @@ NLMSG_ERROR = 2
 NLMSG_DONE = 3
 NLMSG_HEADER = struct.Struct("=IHHII")
 TCMSG = struct.Struct("=B3xiIII")
-NDMSG = struct.Struct("=B3xiHBB")
-NDA_DST = 1
-NUD_UNANSWERED = 0x01 | 0x20  # NUD_INCOMPLETE, NUD_FAILED
 TCA_STATS = 3
 TC_STATS_DROPS_OFFSET = 12
 TC_H_ROOT = 0xFFFF_FFFF
@@ -39,7 +34,6 @@ ANSWER_BYTES_MAX = 65_536
 ANSWER_S_MAX = 0.5
 
 Receiver = tuple[str, str]  # address, interface
-Message = tuple[int, bytes]  # kind, content
 
 
 def parse_unanswered(arp_table: str) -> set[Receiver]:
@@ -48,75 +42,46 @@ def parse_unanswered(arp_table: str) -> set[Receiver]:
     return {(row[0], row[-1]) for row in rows if len(row) == 6 and not int(row[2], 16) & ATF_COM}
 
 
-def parse_answer(answer: bytes) -> tuple[list[Message], bool]:
-    """The messages in one netlink answer, and whether it was the last."""
-    messages: list[Message] = []
+def parse_queue_drops(answer: bytes) -> tuple[dict[int, int], bool]:
+    """Drops of root queues by ifindex, of one netlink answer, and whether it was the last."""
+    drops: dict[int, int] = {}
     at = 0
     while at + NLMSG_HEADER.size <= len(answer):
         length, kind, _, _, _ = NLMSG_HEADER.unpack_from(answer, at)
         if kind in (NLMSG_DONE, NLMSG_ERROR) or not NLMSG_HEADER.size <= length <= len(answer) - at:
-            return messages, True
-        messages.append((kind, answer[at + NLMSG_HEADER.size : at + length]))
-        at += -(-length // 4) * 4
-    return messages, False
-
-
-def parse_attributes(raw: bytes) -> Iterator[tuple[int, bytes]]:
-    """Kind and value of each attribute."""
-    at = 0
-    while at + 4 <= len(raw):
-        length, kind = struct.unpack_from("=HH", raw, at)
-        yield kind, raw[at + 4 : at + length]
-        at += max(-(-length // 4) * 4, 4)
-
-
-def parse_queue_drops(messages: Iterable[Message]) -> dict[int, int]:
-    """Drops of root queues by ifindex."""
-    drops: dict[int, int] = {}
-    for kind, content in messages:
-        if kind == RTM_NEWQDISC and len(content) >= TCMSG.size:
-            _, ifindex, _, parent, _ = TCMSG.unpack_from(content)
+            return drops, True
+        if kind == RTM_NEWQDISC and length >= NLMSG_HEADER.size + TCMSG.size:
+            _, ifindex, _, parent, _ = TCMSG.unpack_from(answer, at + NLMSG_HEADER.size)
+            attributes = answer[at + NLMSG_HEADER.size + TCMSG.size : at + length]
             if parent == TC_H_ROOT:
-                drops[ifindex] = drops.get(ifindex, 0) + _drops_of(content[TCMSG.size :])
-    return drops
+                drops[ifindex] = drops.get(ifindex, 0) + _drops_of(attributes)
+        at += -(-length // 4) * 4
+    return drops, False
 
 
 def _drops_of(attributes: bytes) -> int:
-    for kind, value in parse_attributes(attributes):
-        if kind == TCA_STATS and len(value) >= TC_STATS_DROPS_OFFSET + 4:
-            return int(struct.unpack_from("=I", value, TC_STATS_DROPS_OFFSET)[0])
+    at = 0
+    while at + 4 <= len(attributes):
+        length, kind = struct.unpack_from("=HH", attributes, at)
+        if kind == TCA_STATS and at + 4 + TC_STATS_DROPS_OFFSET + 4 <= len(attributes):
+            return int(struct.unpack_from("=I", attributes, at + 4 + TC_STATS_DROPS_OFFSET)[0])
+        at += max(-(-length // 4) * 4, 4)
     return 0
-
-
-def parse_neighbours(messages: Iterable[Message]) -> set[tuple[str, int]]:
-    """The IPv6 neighbours that were asked for and have not answered, by address and ifindex."""
-    found: set[tuple[str, int]] = set()
-    for kind, content in messages:
-        if kind == RTM_NEWNEIGH and len(content) >= NDMSG.size:
-            family, ifindex, state, _, _ = NDMSG.unpack_from(content)
-            address = dict(parse_attributes(content[NDMSG.size :])).get(NDA_DST, b"")
-            if family == socket.AF_INET6 and state & NUD_UNANSWERED and len(address) == ADDRESS_BYTES:
-                found.add((unpacked(address), ifindex))
-    return found
-
-
-def dump(kind: int, asked: bytes) -> list[Message]:
-    """What the kernel answers to a question about everything of a kind. Raises OSError."""
-    messages: list[Message] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
-        netlink.settimeout(ANSWER_S_MAX)
-        length = NLMSG_HEADER.size + len(asked)
-        netlink.sendto(NLMSG_HEADER.pack(length, kind, NLM_F_REQUEST_DUMP, 1, 0) + asked, (0, 0))
-        is_last = False
-        while not is_last:
-            some, is_last = parse_answer(netlink.recv(ANSWER_BYTES_MAX))
-            messages += some
-    return messages
 
 
 def queue_drops() -> dict[int, int]:
     """What the queue of each interface has dropped, by ifindex. Raises OSError."""
-    return parse_queue_drops(dump(RTM_GETQDISC, TCMSG.pack(0, 0, 0, 0, 0)))
+    drops: dict[int, int] = {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
+        netlink.settimeout(ANSWER_S_MAX)
+        length = NLMSG_HEADER.size + TCMSG.size
+        request = NLMSG_HEADER.pack(length, RTM_GETQDISC, NLM_F_REQUEST_DUMP, 1, 0) + TCMSG.pack(0, 0, 0, 0, 0)
+        netlink.sendto(request, (0, 0))
+        is_last = False
+        while not is_last:
+            some, is_last = parse_queue_drops(netlink.recv(ANSWER_BYTES_MAX))
+            drops |= some
+    return drops
 
 
 class EgressWatch:
@@ -136,35 +101,26 @@ class EgressWatch:
             self._generation = generation
             self._receivers = {(key.group, key.interface) for key in keys if not is_multicast(key.group)}
             self._interfaces = {(key.ifindex, key.interface) for key in keys}
-        yield from _at_most(self._unanswered(), "receivers that do not answer, or do again")
+        yield from _at_most(self._unanswered(), "receivers that answer no ARP, or do again")
         yield from _at_most(self._dropped(), "interfaces that dropped frames")
 
     def _unanswered(self) -> list[str]:
-        try:
-            found = self._asked_for() & self._receivers
-        except OSError:
-            return []
+        found: set[Receiver] = set()
+        if self._receivers:
+            try:
+                found = parse_unanswered(ARP_TABLE.read_text()) & self._receivers
+            except OSError:
+                return []
         self._looks = {receiver: self._looks.get(receiver, 0) + 1 for receiver in found}
         silent = {receiver for receiver, looks in self._looks.items() if looks >= LOOKS_UNANSWERED}
         lines = [
-            f"No {'neighbour advertisement' if is_ipv6(address) else 'ARP answer'} from {address} on {interface}: "
-            "what is sent there is lost, and counted as relayed"
+            f"No ARP answer from {address} on {interface}: what is sent there is lost, and counted as relayed"
             for address, interface in sorted(silent - self._told)
         ]
         back = self._told - found
         lines += [f"{address} on {interface} is looked for no more, or answers" for address, interface in sorted(back)]
         self._told = (self._told | silent) - back
         return lines
-
-    def _asked_for(self) -> set[Receiver]:
-        found: set[Receiver] = set()
-        if any(not is_ipv6(address) for address, _ in self._receivers):
-            found |= parse_unanswered(ARP_TABLE.read_text())
-        if any(is_ipv6(address) for address, _ in self._receivers):
-            names = dict(self._interfaces)
-            answer = dump(RTM_GETNEIGH, NDMSG.pack(socket.AF_INET6, 0, 0, 0, 0))
-            found |= {(address, names.get(ifindex, "")) for address, ifindex in parse_neighbours(answer)}
-        return found
 
     def _dropped(self) -> list[str]:
         if not self._interfaces:

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from relay.supervisor import egress_watch
 from relay.supervisor.egress import EgressKey, egress_key
-from relay.supervisor.egress_watch import (
-    LINES_MAX,
-    EgressWatch,
-    parse_answer,
-    parse_neighbours,
-    parse_queue_drops,
-    parse_unanswered,
-)
-from relay.supervisor.interfaces import Interface, snapshot
-from tests.system.harness import wait_until
+from relay.supervisor.egress_watch import LINES_MAX, EgressWatch, parse_queue_drops, parse_unanswered
+from relay.supervisor.interfaces import Interface
 from tools.netns import Line
 
 ARP = """IP address       HW type     Flags       HW address            Mask     Device
@@ -40,9 +32,8 @@ def test_an_entry_without_a_hardware_address_is_unanswered() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_netlink_answer_is_read_to_its_end_or_refused(answer: bytes) -> None:
-    messages, _ = parse_answer(answer)
-    assert all(count >= 0 for count in parse_queue_drops(messages).values())
-    assert all(":" in address for address, _ in parse_neighbours(messages))
+    drops, _ = parse_queue_drops(answer)
+    assert all(count >= 0 for count in drops.values())
 
 
 def test_silence_is_told_at_the_second_look_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -77,21 +68,6 @@ def line() -> Iterator[Line]:
         pytest.skip("network namespaces need root")
     with Line("relay", "sink") as line:
         yield line
-
-
-def test_an_ipv6_receiver_that_does_not_answer_is_told(line: Line) -> None:
-    host = line.hosts[0]
-    with host.inside(), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as out:
-        interface = snapshot()["right"]
-        keys = [egress_key(f"fd00:1::{last}", 6001, interface, None, None, False) for last in (2, 99)]
-        watch = EgressWatch()
-        told: list[str] = []
-        for key in keys:
-            out.sendto(b"x", (key.group, 6001))
-        wait_until(lambda: told.extend(watch.look(1, keys)) or told, "silence is told")
-    assert told == [
-        "No neighbour advertisement from fd00:1::99 on right: what is sent there is lost, and counted as relayed"
-    ]
 
 
 def test_what_a_full_queue_drops_is_in_the_kernels_answer(line: Line) -> None:
