@@ -25,6 +25,9 @@ TTL_MAX = 255
 DSCP_MAX = 63  # RFC 2474: six bits
 OUTPUTS_OF_A_RULE_MAX = 1024
 STALL_MS_MIN, STALL_MS_MAX = 10, 3_600_000
+MAX_PPS_MIN, MAX_PPS_MAX = 1, 10**8  # more than a relay can
+MAX_BPS_MIN, MAX_BPS_MAX = 1000, 10**12
+LATER_FIELDS = ("stall_ms", "max_pps", "max_bps")  # came after rules were named by their content
 RULES_MAX = 16_384  # both as relay/dataplane/layout.py has them; this module must not load numpy
 OUTPUTS_MAX = 32_768
 INTERFACE = re.compile(r"[^\s/:\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ less the end, dev_valid_name() in net/core/dev.c
@@ -58,6 +61,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: Text | None = None  # address of the input's family; None: any
     preserve_source: bool = False
     stall_ms: int | None = None  # a sender that is silent for longer is told of; None: no one is
+    max_pps: int | None = None  # datagrams a second that may come; what is over is dropped. None: any number
+    max_bps: int | None = None  # likewise, bits of their payload
 
 
 def output_name(output: Output) -> str:
@@ -74,14 +79,22 @@ def describe(rule: Rule) -> str:
     """A rule in a line, for logs."""
     source = f"{rule.source} " if rule.source else ""
     outputs = ", ".join(output_name(output) for output in rule.outputs)
-    return f"{source}{input_name(rule)} -> {outputs}"
+    limits = f", at most {limits_of(rule)}" if limits_of(rule) else ""
+    return f"{source}{input_name(rule)} -> {outputs}{limits}"
+
+
+def limits_of(rule: Rule) -> str:
+    """What a rule lets pass at most, in words; "" without a limit."""
+    limits = ((rule.max_pps, "packets/s"), (rule.max_bps, "bit/s"))
+    return " and ".join(f"{limit} {unit}" for limit, unit in limits if limit is not None)
 
 
 def content_id(rule: Rule) -> str:
     """A stable name for a rule that was given none: a hash of everything but its name."""
     content = msgspec.to_builtins(msgspec.structs.replace(rule, rule_id=""))
-    if content["stall_ms"] is None:  # names stay what they were before there was such a field
-        del content["stall_ms"]
+    for name in LATER_FIELDS:  # names stay what they were before there was such a field
+        if content[name] is None:
+            del content[name]
     return "r-" + hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:12]
 
 
@@ -203,6 +216,11 @@ def _check_stall(stall_ms: int | None) -> None:
         raise RuleError(f"stall_ms {stall_ms}: give from {STALL_MS_MIN} to {STALL_MS_MAX}")
 
 
+def _check_limits(name: str, limit: int | None, least: int, most: int) -> None:
+    if limit is not None and not least <= limit <= most:
+        raise RuleError(f"{name} {limit}: give from {least} to {most}, or leave it out for no limit")
+
+
 def _check_outputs(rule: Rule) -> None:
     if not 1 <= len(rule.outputs) <= OUTPUTS_OF_A_RULE_MAX:
         raise RuleError(f"rule {rule.rule_id}: {len(rule.outputs)} outputs; give from 1 to {OUTPUTS_OF_A_RULE_MAX}")
@@ -226,6 +244,8 @@ def _checks(rule: Rule) -> Iterator[Check]:
     if rule.source is not None:
         yield ("source",), _check_source, (rule.source, rule.input_group)
     yield ("stall_ms",), _check_stall, (rule.stall_ms,)
+    yield ("max_pps",), _check_limits, ("max_pps", rule.max_pps, MAX_PPS_MIN, MAX_PPS_MAX)
+    yield ("max_bps",), _check_limits, ("max_bps", rule.max_bps, MAX_BPS_MIN, MAX_BPS_MAX)
     for index, output in enumerate(rule.outputs):
         yield ("outputs", index, "interface"), _check_interface, ("output interface", output.interface)
         yield ("outputs", index, "group"), parse_address, ("output group", output.group)

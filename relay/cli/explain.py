@@ -10,7 +10,7 @@ import msgspec
 from relay.addresses import is_ipv6
 from relay.cli import host, running
 from relay.cli.host import Files
-from relay.errors import RelayError, RuleError
+from relay.errors import RelayError, RuleError, UsageError
 from relay.rules import PORT_MAX, TTL_MAX, parse_address
 
 if TYPE_CHECKING:  # loads NumPy: only the command itself needs it, not all the others
@@ -20,22 +20,25 @@ DEFAULT_TTL = 64  # IPDEFTTL, linux/ip.h
 
 
 def parse_endpoint(text: str, what: str, needs_port: bool) -> tuple[str, int | None]:
-    """Read `ADDRESS:PORT`, an IPv6 address in brackets where a port follows. Raises RuleError."""
+    """Read `ADDRESS:PORT`, an IPv6 address in brackets where a port follows. Raises UsageError."""
     in_brackets, bracket, rest = text.removeprefix("[").partition("]")
     if text.startswith("[") and bracket:
         address, colon, port = in_brackets, rest[:1], rest[1:]
         if rest and colon != ":":
-            raise RuleError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon")
+            raise UsageError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon")
     elif text.count(":") > 1:
         address, colon, port = text, "", ""
     else:
         address, colon, port = text.partition(":")
-    address = str(parse_address(what, address))
+    try:
+        address = str(parse_address(what, address))
+    except RuleError as error:
+        raise UsageError(str(error)) from None
     if not colon and not needs_port:
         return address, None
     if not port.isdecimal() or not 1 <= int(port) <= PORT_MAX:
         hint = f", as in [{address}]:5000" if is_ipv6(address) else ""
-        raise RuleError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon{hint}")
+        raise UsageError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon{hint}")
     return address, int(port)
 
 
@@ -67,7 +70,7 @@ def _explain(path: Path, source: str, destination: str, interface: str | None, t
     group, port = parse_endpoint(destination, "destination", needs_port=True)
     assert port is not None
     if is_ipv6(address) is not is_ipv6(group):
-        raise RuleError(f"{address} never sends to {group}: give both as IPv4 addresses, or both as IPv6 ones")
+        raise UsageError(f"{address} never sends to {group}: give both as IPv4 addresses, or both as IPv6 ones")
     relay = running.ask(path, Files())
     if (refused := running.enter_network_of(relay.pid)) is not None:
         click.echo(f"warning: {refused}", err=True)

@@ -21,11 +21,22 @@ from relay.addresses import endpoint
 from relay.dataplane import events, layout
 from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
+from relay.dataplane.guard_cells import GuardCells
 from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_table, publish
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
-from relay.messages import AddRing, CloseSockets, Drain, FromWorker, Outlive, RemoveRing, SetSockets, SetTable
-from relay.rules import Output, Rule
+from relay.messages import (
+    AddRing,
+    CloseSockets,
+    Drain,
+    FromWorker,
+    Outlive,
+    RemoveRing,
+    SetGuardCells,
+    SetSockets,
+    SetTable,
+)
+from relay.rules import Output, Rule, limits_of
 from relay.supervisor import room
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -197,6 +208,7 @@ class Retired:
     sockets: dict[int, socket.socket] = field(default_factory=dict)
     rings: list[int] = field(default_factory=list)
     rule_slots: list[int] = field(default_factory=list)
+    limit_slots: list[int] = field(default_factory=list)  # of rules whose limits are others
     output_slots: list[int] = field(default_factory=list)
 
 
@@ -242,6 +254,7 @@ class Fleet:
             self._ring_numbers.reserve({ring.number for ring in kept.rings})
         self._retired = Retired()
         self._table = compile_table((), (), 0)
+        self._guard_cells = GuardCells()
         try:
             for core in cores:
                 logs = SharedMemoryLogManager.create_for_worker(
@@ -319,6 +332,7 @@ class Fleet:
                     worker.send(CloseSockets(numbers[at : at + DESCRIPTORS_MAX]))
             worker.stats.rules[retired.rule_slots] = 0
             worker.stats.outputs[retired.output_slots] = 0
+        self._guard_cells.fill([*retired.rule_slots, *retired.limit_slots])
         for sock in retired.sockets.values():
             sock.close()
         self._set_filters(self.plan)
@@ -379,6 +393,12 @@ class Fleet:
             number, sock = self._egress.pop(key)
             self._retired.sockets[number] = sock
         rule_ids = {planned.rule.rule_id for planned in plan.rules}
+        limits = {planned.rule.rule_id: limits_of(planned.rule) for planned in plan.rules}
+        self._retired.limit_slots += [
+            self.rule_slots[planned.rule.rule_id]
+            for planned in self.plan.rules
+            if limits_of(planned.rule) != limits.get(planned.rule.rule_id, "")
+        ]
         outputs = {
             (planned.rule.rule_id, planned_output.output)
             for planned in plan.rules
@@ -423,6 +443,8 @@ class Fleet:
             rings=tuple(self._rings[name].number for name in planned.interfaces if name in self._rings),
             preserve_source=rule.preserve_source,
             outputs=tuple(outputs),
+            max_pps=rule.max_pps or 0,
+            max_bps=rule.max_bps or 0,
         )
 
     def _own_sources(self) -> list[OwnSource]:
@@ -580,14 +602,14 @@ class Fleet:
         self.revision += 1
 
     def count_ring_drops(self) -> dict[tuple[int, str], int]:
-        """Count what the kernel dropped since the last call; return it by core and interface."""
+        """Count the frames that the kernel dropped since the last call; return them by core and interface."""
         lost = {}
         for worker in self.workers:
             for ring in () if worker.is_excluded else self._rings.values():
-                drops = take_ring_drops(worker.rings[ring.number])
-                if drops:
-                    worker.stats.add_ring_full(drops)
-                    lost[worker.core, ring.interface] = drops
+                frames = take_ring_drops(worker.rings[ring.number])
+                if frames:
+                    worker.stats.add_ring_full(frames)
+                    lost[worker.core, ring.interface] = frames
         return lost
 
     # --- what outlives this supervisor ------------------------------------------------------------
@@ -609,6 +631,12 @@ class Fleet:
             if worker.running and not worker.outlives:
                 worker.send(Outlive())
                 worker.outlives = True
+
+    def tell_restart(self) -> None:
+        """This supervisor goes in a moment, and another comes: no reason for a warning."""
+        for worker in self.workers:
+            if worker.running and worker.outlives:
+                worker.send(Outlive(is_restart=True))
 
     def inventory(self, template_pid: int) -> Inventory:
         """What the next supervisor must know of them, and of the workers."""
@@ -643,6 +671,7 @@ class Fleet:
         worker.started_s = time.monotonic()
         worker.pulse.begin(worker.started_s)
         self._hand_sockets(worker, dict(self._egress.values()))
+        worker.send(SetGuardCells(), [self._guard_cells.fileno()])
         self._hand_table(worker)
         if worker.predecessor is None:
             self._hand_rings(worker)
@@ -659,7 +688,9 @@ class Fleet:
         self.revision += 1
 
     def worker_gone(self, worker: Worker) -> None:
-        """Forget a worker's process; its rings stay open."""
+        """Forget a worker's process; its rings stay open, and what it made of the rate guard's buckets ends with it."""
+        guarded = [planned.rule.rule_id for planned in self.plan.rules if limits_of(planned.rule)]
+        self._guard_cells.fill([self.rule_slots[rule_id] for rule_id in guarded])
         if worker.channel is not None:
             worker.channel.close()
         worker.channel = None
@@ -712,6 +743,7 @@ class Fleet:
             worker.stats.close()
             worker.copies.close()
             worker.logs.shutdown()
+        self._guard_cells.close()
         for _, sock in self._egress.values():
             sock.close()
         for sock in self._retired.sockets.values():

@@ -122,7 +122,7 @@ def test_wrong_settings_are_found_and_their_remedies_mend_them(line: Line, relay
     assert (forced["severity"], forced["finding"][:27]) == ("warning", "MLDv1 is forced on left, th")
     assert of(found, "ipv6-addresses", "right has only a link-local address")["severity"] == "note"
     assert of(found, "mld-querier")["severity"] == "note"
-    assert of(found, "joined", "1 groups are joined")["severity"] == "ok"
+    assert of(found, "joined", "1 group joined")["severity"] == "ok"
     shell(host, "sysctl -qw net.ipv6.conf.right.disable_ipv6=1")
     wait_until(lambda: states(relay) == ["waiting: interface right has no IPv6 address"], "the rule waits")
     disabled = of(doctor(relay), "ipv6-addresses", "IPv6 is disabled on right")

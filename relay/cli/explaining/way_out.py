@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from relay.addresses import endpoint, is_ipv6, is_multicast
 from relay.cli.explaining.facts import Facts, Step
-from relay.rules import Rule, input_name, output_name
+from relay.rules import Rule, input_name, limits_of, output_name
 from relay.supervisor.egress import TTL_MULTICAST_DEFAULT
 from relay.supervisor.plan import PlannedOutput, PlannedRule
 
@@ -14,6 +14,8 @@ def followed(facts: Facts, planned: PlannedRule, ttl: int | None) -> Iterator[St
     rule = planned.rule
     source = f" from {rule.source}" if rule.source else ""
     yield Step("rule", "pass", f"rule {rule.rule_id} takes {input_name(rule)}{source}")
+    if limits_of(rule):
+        yield Step("limit", "pass", f"rule {rule.rule_id} lets {limits_of(rule)} pass, more is dropped as rate_limit")
     for output in planned.outputs:
         yield _output(facts, rule, output, ttl)
     yield _counters(facts, rule)
@@ -23,7 +25,7 @@ def _counters(facts: Facts, rule: Rule) -> Step:
     stats = facts.rule_stats.get(rule.rule_id)
     if stats is None:
         return Step("counters", "note", f"rule {rule.rule_id} has none yet")
-    causes: dict[str, int] = {}
+    causes: dict[str, int] = dict(stats.get("drops", {}))
     for output in stats["outputs"]:
         for cause, count in output["drops"].items():
             causes[cause] = causes.get(cause, 0) + count
