@@ -471,6 +471,10 @@ class Fleet:
             if not all(is_bound(worker.rings[ring.number]) for worker in self.workers if not worker.is_excluded)
         }
 
+    def has_lapsed_joins(self) -> bool:
+        """Whether the kernel has dropped joins, which `begin` makes anew."""
+        return bool(self._memberships.lapsed())
+
     def _replace_rings(self, plan: Plan, warnings: list[str]) -> None:
         """Open rings on interfaces that came, close those of interfaces that went."""
         created_anew = self.created_anew()

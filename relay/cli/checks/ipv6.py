@@ -8,6 +8,7 @@ from relay.cli.checks.network import LOOPBACK, QUERY_INTERVAL_S
 from relay.cli.checks.registry import Found, Severity, check
 from relay.cli.checks.situation import Situation
 from relay.sockaddr import is_of_link
+from relay.supervisor.interfaces import IPV6_MIN_MTU
 
 MLD_V2 = 2  # the first that asks for sources, RFC 3810
 
@@ -51,6 +52,11 @@ def ipv6_addresses(situation: Situation) -> Iterator[Found]:
         read = f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6"
         if situation.files.setting(f"net/ipv6/conf/{name}/disable_ipv6"):
             yield Found("problem", f"IPv6 is disabled on {name}", read, f"sysctl net.ipv6.conf.{name}.disable_ipv6=0")
+            continue
+        mtu_bytes = situation.interfaces[name].mtu_bytes
+        if mtu_bytes < IPV6_MIN_MTU:
+            text = f"{name} has an MTU of {mtu_bytes} bytes: without {IPV6_MIN_MTU} the kernel has no IPv6 there"
+            yield Found("problem", text, f"/sys/class/net/{name}/mtu", f"ip link set {name} mtu {IPV6_MIN_MTU}")
             continue
         read = f"ip -6 addr show dev {name}"
         if not addresses:

@@ -80,6 +80,7 @@ WITH_IPV6 = {
     "right": msgspec.structs.replace(INTERFACES["right"], addresses6=("fd00:2::1", "fe80::1")),
 }
 LINK_LOCAL = {**WITH_IPV6, "right": msgspec.structs.replace(INTERFACES["right"], addresses6=("fe80::1",))}
+NARROW = {**WITH_IPV6, "right": msgspec.structs.replace(INTERFACES["right"], mtu_bytes=1000)}
 SIX = {"relay": running((rule6(),)), "interfaces": WITH_IPV6}
 PICKY = {"relay": running((rule6("fd00:1::7"), rule6("fd00:1::8"))), "interfaces": WITH_IPV6}
 IGMP6 = "2    left            ff3e000000000000000000000000000{last}     1 00000004 0"
@@ -209,6 +210,7 @@ CASES: dict[str, list[Case]] = {
     "ipv6-addresses": [
         ({f"{IPV6}/conf/left/disable_ipv6": "1"}, SIX, "problem", "IPv6 is disabled on left"),
         ({}, {"relay": running((rule6(),))}, "problem", "left has no IPv6 address that can be used"),
+        ({}, {**SIX, "interfaces": NARROW}, "problem", "right has an MTU of 1000 bytes: without 1280"),
         ({}, {**SIX, "interfaces": LINK_LOCAL}, "note", "right has only a link-local address, fe80::1"),
         ({f"{IPV6}/conf/left/disable_ipv6": "0"}, SIX, "ok", "left has fd00:1::2"),
     ],
