@@ -20,7 +20,7 @@ from relay.cli.explaining.way_in import admits, frame, join, likely_interface, o
 from relay.cli.host import IFF_LOOPBACK, IFF_UP, UdpSocket
 from relay.dataplane.match import NO_ENTRY, is_own_source, match
 from relay.dataplane.table import OwnSource, TableRule, compile_table, view_table
-from relay.errors import RuleError
+from relay.errors import UsageError
 from relay.rules import Output, Rule
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import Plan, make_plan
@@ -248,7 +248,7 @@ def test_endpoints_are_read(text: str, needs_port: bool, found: tuple[str, int |
     "text", ["ff3e::1", "[ff3e::1]", "[ff3e::1]5000", "[ff3e::1]:x", "[ff3e::1", "fe80::1%a", ":1"]
 )
 def test_endpoints_that_make_no_sense_are_refused(text: str) -> None:
-    with pytest.raises(RuleError, match="destination"):
+    with pytest.raises(UsageError, match="destination"):
         parse_endpoint(text, "destination", needs_port=True)
 
 
