@@ -122,6 +122,7 @@ def joined(situation: Situation) -> Iterator[Found]:
     wanted = groups_wanted(situation)
     if text is None or not wanted:
         return
+    read = "/proc/net/igmp" + (", igmp6" if any(is_ipv6(listen.address) for listen in wanted) else "")
     listed = host.joined(text, situation.files.text("proc/net/igmp6") or "")
     there = {(found.ifindex, group) for found in listed.values() for group in found.groups}
     names = {present.index: present.name for present in situation.interfaces.values()}
@@ -132,9 +133,9 @@ def joined(situation: Situation) -> Iterator[Found]:
     )
     if missing:
         remedy = "`mcrlog tail --facility Supervisor` says why; then remove the rule and add it again"
-        yield Found("problem", f"not joined: {shown(missing)}", "/proc/net/igmp, igmp6", remedy)
+        yield Found("problem", f"not joined: {shown(missing)}", read, remedy)
     else:
-        yield Found("ok", f"{counted(len(wanted), 'group')} joined", "/proc/net/igmp, igmp6")
+        yield Found("ok", f"{counted(len(wanted), 'group')} joined", read)
 
 
 @check(why="what is sent to an address that no host has, or another, comes here only where this host is its router")
