@@ -217,7 +217,7 @@ def test_preserve_source_keeps_the_senders_address(line6: Line, relay: Relay, ou
 def test_preserve_source_with_an_output_of_the_other_family_is_refused(relay: Relay) -> None:
     arguments = ("--input-group", SSM, "--input-port", "5001", "--preserve-source", "--output", OUT4)
     refused = relay.control("add-rule", *arguments)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "is not IPv6 as the input [ff3e::8000:1]:5001 is" in refused.stderr
 
 
