@@ -78,7 +78,7 @@ class ConfiguredSecondary(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     ] = None
     input_port: Annotated[int | Text | None, _about("UDP port. A range or fields in quotes. None: the rule's.")] = None
     input_interface: Annotated[Text | None, _about("Where it comes in. None: as the rule.")] = None
-    source: Annotated[Text | None, _about("Its sender, an IPv4 address. None: as the rule.")] = None
+    source: Annotated[Text | None, _about("Its sender, an address of its group's family. None: as the rule.")] = None
 
 
 class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

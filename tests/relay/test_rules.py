@@ -1,5 +1,7 @@
 """Rules as values: what is refused and why, names, merging, cycles."""
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -142,6 +144,21 @@ def test_an_ipv6_address_has_one_form_however_it_is_written() -> None:
     )
     assert named(odd) == named(plain)
     assert validate(msgspec.structs.replace(odd, rule_id="r")) == msgspec.structs.replace(plain, rule_id="r")
+
+
+def test_a_second_leg_has_that_form_too_and_its_source_is_of_its_family() -> None:
+    fields: dict[str, Any] = {"rule_id": "r", "input_group": "239.1.1.1", "input_port": 1, "protection": "seamless"}
+    fields["outputs"] = (Output("239.2.2.2", 1, "lo"),)
+    second = Secondary(input_group="FF3E:0::1", source="2001:DB8::7")
+    checked = validate(Rule(**fields, secondary=second))
+    assert checked.secondary == Secondary(input_group="ff3e::1", source="2001:db8::7")
+    for secondary, source in ((Secondary(input_group="ff3e::1"), "10.0.0.7"), (second, None)):
+        if source is None:
+            with pytest.raises(RuleError, match=r"output 239\.2\.2\.2:1:lo is not IPv6 as the input \[ff3e::1\]:1 is"):
+                validate(Rule(**fields, secondary=secondary, preserve_source=True))
+        else:
+            with pytest.raises(RuleError, match=r"source 10\.0\.0\.7 never sends to ff3e::1: give an IPv6 address"):
+                validate(Rule(**fields, secondary=secondary, source=source))
 
 
 def test_names_of_rules_without_one_are_what_they_have_been() -> None:

@@ -302,6 +302,23 @@ def test_what_the_relay_sent_itself_is_not_taken_in_again(line6: Line, relay: Re
     assert [rule["packets_matched"] for rule in stats["rules"]] == [3, 0]
 
 
+def test_two_legs_of_either_family_become_one_stream(line6: Line, relay: Relay) -> None:
+    gen, _, sink = line6.hosts
+    protected = ("--secondary", place(IPV4), "--protection", "seamless")
+    relay.add("six", place(SSM), OUT6, options=(*protected, "--input-interface", "left"))
+    packets = [struct.pack(">BBHII", 0x80, 33, number, number * 90, 7) + bytes(100) for number in range(20)]
+    with talker(gen) as six, talker(gen, socket.AF_INET) as four, listener(sink, OUT6) as sock:
+        for number, packet in enumerate(packets):
+            for out, group, loses in ((six, SSM, 3), (four, IPV4, 7)):
+                if number % 10 != loses:
+                    out.sendto(packet, (group, PORT))
+        assert [receive(sock)[0] for _ in packets] == packets
+        told = relay.stats()
+    (rule,) = told["rules"]
+    assert (rule["packets_matched"], rule["protection"]["withheld"]) == (20, 16)
+    assert place(IPV4) in relay.control("list-rules").stdout
+
+
 @contextmanager
 def whole(line: Line, folder: Path, *outputs: str) -> Iterator[None]:
     """Traffic to SSM at PPS from before the block until after it: it arrives at each output whole, in order, once."""
