@@ -16,7 +16,17 @@ from relay.config import CHECKS, HINTS, Configuration, Options
 from relay.conversion import faults
 from relay.errors import ConfigError, RuleError
 from relay.ranges import ConfiguredRule, expand, overlaps
-from relay.rules import RULES_MAX, KeyPath, Rule, check_cycles, check_room, find_cycle, group_by_input, input_name
+from relay.rules import (
+    RULES_MAX,
+    KeyPath,
+    Rule,
+    check_cycles,
+    check_protected,
+    check_room,
+    find_cycle,
+    group_by_input,
+    input_name,
+)
 from relay.toml_lines import lines_of, nearest_line
 
 
@@ -191,4 +201,8 @@ def check_together(examined: Examined) -> None:
         cycle = find_cycle(rules, group_by_input(rules), interfaces)
         where = next((e.index for e in examined.entries if cycle and any(r.rule_id == cycle[0] for r in e.rules)), None)
         examined.add(("rules",) if where is None else ("rules", where), str(error))
+    try:
+        check_protected(rules, interfaces)
+    except RuleError as error:
+        examined.add(("rules",), str(error))
     examined.findings.sort(key=lambda finding: finding.line or 0)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from relay.config import Options
-from relay.rules import Output, Rule, output_name
+from relay.rules import Output, Rule, Secondary, output_name
 
 
 class FieldChange(msgspec.Struct, frozen=True):
@@ -70,7 +70,14 @@ def _fields(before: Rule, after: Rule) -> Iterator[FieldChange]:
         if name == "outputs":
             yield from _outputs(before.outputs, after.outputs)
         elif getattr(before, name) != getattr(after, name):
-            yield FieldChange(name, getattr(before, name), getattr(after, name))
+            yield FieldChange(name, _plain(getattr(before, name)), _plain(getattr(after, name)))
+
+
+def _plain(value: Any) -> Any:
+    """The value of a field; of a secondary input, what it gives."""
+    if not isinstance(value, Secondary):
+        return value
+    return {name: given for name, given in msgspec.to_builtins(value).items() if given is not None}
 
 
 def _outputs(before: Collection[Output], after: Collection[Output]) -> Iterator[FieldChange]:

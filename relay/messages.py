@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from relay.api import ChangeId
 from relay.health import MpegTsTotals, RtpTotals, StreamHealth
+from relay.protection import ProtectionHealth
 from relay.rules import RULE_ID_CHARS_MAX, RULES_MAX, Rule
 
 PID_MAX = 1 << 22  # PID_MAX_LIMIT, linux/threads.h
@@ -106,6 +107,7 @@ class RuleStats(msgspec.Struct):
     drops: dict[str, int] = {}  # datagrams that it matched and no output was given, by cause
     rtp: RtpTotals | None = None  # None before the first RTP
     mpeg_ts: MpegTsTotals | None = None
+    protection: ProtectionHealth | None = None  # of a rule with two legs
 
 
 class WorkerStats(msgspec.Struct):
@@ -126,6 +128,7 @@ class WorkerStats(msgspec.Struct):
     is_excluded: bool = False  # it keeps failing: others get its traffic
     restarts: int = 0  # processes that ended although nobody told them to
     latency: Latency | None = None  # None: nothing was relayed yet
+    packets_withheld: int = 0  # by protected rules
     frames_untracked: int = 0  # of streams for which there was no room: their health is not known
     ring_fill_percent: dict[str, int] = {}  # of the slots of each ring, by interface, within the last 0.1 s
 
@@ -146,6 +149,7 @@ class Stats(msgspec.Struct, tag=True):
     rules: list[RuleStats]
     workers: list[WorkerStats]
     version: str = ""  # of the supervisor
+    packets_withheld: int = 0  # by protected rules: second copies, and what came by a leg that stands by
 
 
 class Workers(msgspec.Struct, tag=True):

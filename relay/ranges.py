@@ -30,7 +30,9 @@ from relay.rules import (
     Address,
     KeyPath,
     Output,
+    Protection,
     Rule,
+    Secondary,
     Text,
     Ttl,
     faults,
@@ -68,6 +70,17 @@ class ConfiguredOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dscp: Annotated[int | None, _about("Differentiated services code point, 0 to 63 (RFC 2474). None: 0.")] = None
 
 
+class ConfiguredSecondary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The second leg of a rule: at least one key other than the rule's own."""
+
+    input_group: Annotated[
+        Text | None, _about("Group or address. A range or fields: see Ranges. None: the rule's.")
+    ] = None
+    input_port: Annotated[int | Text | None, _about("UDP port. A range or fields in quotes. None: the rule's.")] = None
+    input_interface: Annotated[Text | None, _about("Where it comes in. None: as the rule.")] = None
+    source: Annotated[Text | None, _about("Its sender, an address of its group's family. None: as the rule.")] = None
+
+
 class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An entry of `[[rules]]`: datagrams to the input leave once through each output."""
 
@@ -98,6 +111,16 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = None
     max_bps: Annotated[
         int | None, _about("Bits of payload a second that may come, 1000 to 1000000000000. None: any number.")
+    ] = None
+    secondary: Annotated[
+        ConfiguredSecondary | None,
+        _about("The other of two inputs that carry the same: see Protection. None: one input."),
+    ] = None
+    protection: Annotated[
+        Protection | None,
+        _about(
+            '`"seamless"`: the two inputs become one RTP stream. `"failover"`: the second stands by. None: one input.'
+        ),
     ] = None
 
 
@@ -204,7 +227,7 @@ def _number(what: str, field: str, parts: int) -> Render:
 
 
 def _along(what: str, span: Span | Groups, of_input: Span | Groups | None, unit: str) -> None:
-    """Raises RuleError when a range in an output is not as long as the input's, if that is known."""
+    """Raises RuleError when another range of an entry is not as long as the input's, if that is known."""
     if of_input is not None and span.count not in (1, of_input.count):
         raise RuleError(
             f"{what} has {span.count} {unit}, the input {of_input.count}: give as many, or one for all, "
@@ -227,26 +250,55 @@ class _OutputMaker:
         return Output(self.group(at), int(port), self.interface, self.ttl, self.dscp)
 
 
-def _group_maker(text: str, groups: Groups | None) -> Render:
+def _group_maker(text: str, groups: Groups | None, what: str = "output group") -> Render:
     if "{" in text or "}" in text:
-        return _template("output group", text, groups)
+        return _template(what, text, groups)
     if "/" not in text and "-" not in text:
         return lambda _: text
-    span = parse_groups("output group", text)
-    _along(f"output group {text}", span, groups, "addresses")
+    span = parse_groups(what, text)
+    _along(f"{what} {text}", span, groups, "addresses")
     if span.count == 1:
         return lambda _: str(span.first)
     return lambda at: str(span.first + at.group_index)
 
 
-def _port_maker(text: str | int, groups: Groups | None, ports: Span | None) -> Render:
+def _port_maker(text: str | int, groups: Groups | None, ports: Span | None, what: str = "output port") -> Render:
     if isinstance(text, int):
         return lambda _: str(text)
     if "{" in text or "}" in text:
-        return _template("output port", text, groups)
-    span = parse_ports("output port", text)
-    _along(f"output port {text}", span, ports, "ports")
+        return _template(what, text, groups)
+    span = parse_ports(what, text)
+    _along(f"{what} {text}", span, ports, "ports")
     return lambda at: str(span.first + (at.port_index if span.count > 1 else 0))
+
+
+@dataclass(frozen=True)
+class _SecondaryMaker:
+    group: Render | None
+    port: Render | None
+    interface: str | None
+    source: str | None
+
+    def make(self, at: Input) -> Secondary:
+        port = self.port(at) if self.port else None
+        if port is not None and not port.isdecimal():
+            raise RuleError(f"secondary input port {port}: give a port from 1 to {PORT_MAX}")
+        return Secondary(
+            input_group=self.group(at) if self.group else None,
+            input_port=None if port is None else int(port),
+            input_interface=self.interface,
+            source=self.source,
+        )
+
+
+def _secondary_maker(secondary: ConfiguredSecondary, groups: Groups | None, ports: Span | None) -> _SecondaryMaker:
+    group, port = secondary.input_group, secondary.input_port
+    return _SecondaryMaker(
+        None if group is None else _group_maker(group, groups, "secondary input group"),
+        None if port is None else _port_maker(port, groups, ports, "secondary input port"),
+        secondary.input_interface,
+        secondary.source,
+    )
 
 
 def _output_maker(output: ConfiguredOutput | str, groups: Groups | None, ports: Span | None) -> _OutputMaker:
@@ -299,11 +351,15 @@ def expand(entry: ConfiguredRule) -> tuple[tuple[Rule, ...], tuple[Fault, ...]]:
         attempts.make(("outputs", index), partial(_output_maker, output, groups, ports))
         for index, output in enumerate(entry.outputs)
     ]
+    second: _SecondaryMaker | None = None
+    if entry.secondary is not None:
+        second = attempts.make(("secondary",), partial(_secondary_maker, entry.secondary, groups, ports))
+    make = partial(_make, entry, name, makers, second, attempts)
     if attempts.found or groups is None or ports is None or name is None:
         at = Input(0, 0, 0, groups.first if groups else _unknown(entry), ports.first if ports else 1)
-        attempts.found |= dict(_other_faults(_make(entry, name, makers, at, attempts), attempts.found))
+        attempts.found |= dict(_other_faults(make(at), attempts.found))
         return (), tuple(attempts.found.items())
-    return _make_all(entry, name, makers, _inputs(groups, ports), attempts)
+    return _make_all(entry, make, _inputs(groups, ports), attempts)
 
 
 def _unknown(entry: ConfiguredRule) -> Address:
@@ -312,9 +368,15 @@ def _unknown(entry: ConfiguredRule) -> Address:
 
 
 def _make(
-    entry: ConfiguredRule, name: Render | None, makers: Sequence[_OutputMaker | None], at: Input, attempts: _Attempts
+    entry: ConfiguredRule,
+    name: Render | None,
+    makers: Sequence[_OutputMaker | None],
+    second: _SecondaryMaker | None,
+    attempts: _Attempts,
+    at: Input,
 ) -> Rule:
     """The rule for one input, with something valid in the place of what can't be made."""
+    secondary = attempts.make(("secondary",), partial(second.make, at)) if second is not None else None
     outputs = (
         (maker and attempts.make(("outputs", index), partial(maker.make, at)))
         or Output(str(UNKNOWN if at.group.version == 4 else UNKNOWN_IPV6), index + 1, "lo")
@@ -331,6 +393,8 @@ def _make(
         stall_ms=entry.stall_ms,
         max_pps=entry.max_pps,
         max_bps=entry.max_bps,
+        secondary=secondary,
+        protection=entry.protection if secondary or not entry.secondary else None,
     )
     return named(rule)
 
@@ -345,14 +409,13 @@ def _other_faults(rule: Rule, found: Collection[KeyPath]) -> Iterator[Fault]:
 
 def _make_all(
     entry: ConfiguredRule,
-    name: Render,
-    makers: Sequence[_OutputMaker | None],
+    make: Callable[[Input], Rule],
     inputs: Iterator[Input],
     attempts: _Attempts,
 ) -> tuple[tuple[Rule, ...], tuple[Fault, ...]]:
     rules: dict[str, Rule] = {}
     for at in inputs:
-        rule = _make(entry, name, makers, at, attempts)
+        rule = make(at)
         attempts.found |= dict(_other_faults(rule, attempts.found))
         if rule.rule_id in rules:
             reason = f"rule id {entry.rule_id!r} names several rules {rule.rule_id}: add {{group}}, {{port}} or {{n}}"

@@ -9,8 +9,8 @@ import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Annotated, Literal
+from itertools import islice, product
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -27,7 +27,7 @@ OUTPUTS_OF_A_RULE_MAX = 1024
 STALL_MS_MIN, STALL_MS_MAX = 10, 3_600_000
 MAX_PPS_MIN, MAX_PPS_MAX = 1, 10**8  # more than a relay can
 MAX_BPS_MIN, MAX_BPS_MAX = 1000, 10**12
-LATER_FIELDS = ("stall_ms", "max_pps", "max_bps")  # came after rules were named by their content
+LATER_FIELDS = ("stall_ms", "max_pps", "max_bps", "secondary", "protection")  # came after rules were named by content
 RULES_MAX = 16_384  # both as relay/dataplane/layout.py has them; this module must not load numpy
 OUTPUTS_MAX = 32_768
 INTERFACE = re.compile(r"[^\s/:\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ less the end, dev_valid_name() in net/core/dev.c
@@ -50,6 +50,18 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dscp: int | None = None
 
 
+class Secondary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a protected rule's second leg comes in; a field that is None is as the rule's own."""
+
+    input_group: Text | None = None
+    input_port: int | None = None
+    input_interface: Text | None = None
+    source: Text | None = None
+
+
+Protection = Literal["seamless", "failover"]
+
+
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Datagrams to `input_group`:`input_port` leave once through each output."""
 
@@ -63,6 +75,45 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stall_ms: int | None = None  # a sender that is silent for longer is told of; None: no one is
     max_pps: int | None = None  # datagrams a second that may come; what is over is dropped. None: any number
     max_bps: int | None = None  # likewise, bits of their payload
+    secondary: Secondary | None = None  # the other of two legs that carry the same
+    protection: Protection | None = None  # how the two become one; with `secondary` alone
+
+
+class Leg(NamedTuple):
+    """One input of a rule: a group or address, a port, and None for any interface of the relay, any source."""
+
+    group: str
+    port: int
+    interface: str | None
+    source: str | None
+
+    def __str__(self) -> str:
+        source = f"{self.source} " if self.source else ""
+        return f"{source}{endpoint(self.group, self.port)}{f' on {self.interface}' if self.interface else ''}"
+
+
+def legs(rule: Rule) -> tuple[Leg, ...]:
+    """A rule's input, and behind it that of its second leg if it has one."""
+    first = Leg(rule.input_group, rule.input_port, rule.input_interface, rule.source)
+    second = rule.secondary
+    if second is None:
+        return (first,)
+    return first, Leg(
+        second.input_group or first.group,
+        first.port if second.input_port is None else second.input_port,
+        second.input_interface or first.interface,
+        second.source or first.source,
+    )
+
+
+def meet(one: Leg, other: Leg) -> bool:
+    """Whether a datagram may belong to both."""
+    interfaces, sources = {one.interface, other.interface}, {one.source, other.source}
+    return (
+        (one.group, one.port) == (other.group, other.port)
+        and (None in interfaces or len(interfaces) == 1)
+        and (None in sources or len(sources) == 1)
+    )
 
 
 def output_name(output: Output) -> str:
@@ -79,8 +130,9 @@ def describe(rule: Rule) -> str:
     """A rule in a line, for logs."""
     source = f"{rule.source} " if rule.source else ""
     outputs = ", ".join(output_name(output) for output in rule.outputs)
+    second = f" and {legs(rule)[1]}, {rule.protection}" if rule.secondary else ""
     limits = f", at most {limits_of(rule)}" if limits_of(rule) else ""
-    return f"{source}{input_name(rule)} -> {outputs}{limits}"
+    return f"{source}{input_name(rule)}{second} -> {outputs}{limits}"
 
 
 def limits_of(rule: Rule) -> str:
@@ -108,6 +160,15 @@ def parse_ttl(text: str) -> int | Literal["decrement"]:
 
 
 Ttl = int | Literal["decrement"] | None
+SECONDARY = re.compile(r"(?:\[(?P<ip>[^\]]*)\]|(?P<group>[^:]*))(?::(?P<port>[^:]*))?(?::(?P<interface>[^:]*))?")
+
+
+def split_secondary(text: str) -> tuple[str | None, str | None, str | None]:
+    """Group, port and interface of `group:port[:interface]`, None for what is left out. Raises RuleError."""
+    match = SECONDARY.fullmatch(text)
+    if match is None or not text.strip(":"):
+        raise RuleError(f"secondary {text!r}: expected GROUP:PORT[:INTERFACE], such as 239.1.2.1:5001:eth1 or ::eth1")
+    return match["ip"] or match["group"] or None, match["port"] or None, match["interface"] or None
 
 
 def split_output(text: str) -> tuple[str, str, str, Ttl]:
@@ -203,11 +264,13 @@ def _family(address: str) -> str:
 
 def _check_preserved(rule: Rule) -> None:
     """A source's address can't be that of a datagram of the other family."""
-    for output in rule.outputs if rule.preserve_source else ():
-        if is_ipv6(output.group) is not is_ipv6(rule.input_group):
+    if not rule.preserve_source:
+        return
+    for leg, output in product(legs(rule), rule.outputs):
+        if is_ipv6(output.group) is not is_ipv6(leg.group):
             raise RuleError(
-                f"preserve_source: output {output_name(output)} is not {_family(rule.input_group)} as the input "
-                f"{input_name(rule)} is: give it a rule of its own, without preserve_source"
+                f"preserve_source: output {output_name(output)} is not {_family(leg.group)} as the input "
+                f"{endpoint(leg.group, leg.port)} is: give it a rule of its own, without preserve_source"
             )
 
 
@@ -219,6 +282,25 @@ def _check_stall(stall_ms: int | None) -> None:
 def _check_limits(name: str, limit: int | None, least: int, most: int) -> None:
     if limit is not None and not least <= limit <= most:
         raise RuleError(f"{name} {limit}: give from {least} to {most}, or leave it out for no limit")
+
+
+def _check_protection(rule: Rule) -> None:
+    about = f"rule {rule.rule_id}: "
+    if rule.secondary is None:
+        if rule.protection is not None:
+            raise RuleError(f"{about}protection {rule.protection} needs a secondary input")
+        return
+    if rule.protection is None:
+        raise RuleError(f"{about}a secondary input needs protection: seamless for RTP, failover for any datagrams")
+    if rule.protection == "failover" and rule.stall_ms is None:
+        raise RuleError(f"{about}failover needs stall_ms: after how much silence the secondary input takes over")
+    first, second = legs(rule)
+    if first == second:
+        raise RuleError(f"{about}the secondary input is the primary: give another group, port, interface or source")
+    if meet(first, second):
+        raise RuleError(
+            f"{about}a datagram may be of both inputs, {first} and {second}: name an interface or a source for each"
+        )
 
 
 def _check_outputs(rule: Rule) -> None:
@@ -246,6 +328,20 @@ def _checks(rule: Rule) -> Iterator[Check]:
     yield ("stall_ms",), _check_stall, (rule.stall_ms,)
     yield ("max_pps",), _check_limits, ("max_pps", rule.max_pps, MAX_PPS_MIN, MAX_PPS_MAX)
     yield ("max_bps",), _check_limits, ("max_bps", rule.max_bps, MAX_BPS_MIN, MAX_BPS_MAX)
+    second = rule.secondary
+    if second is not None:
+        if second.input_group is not None:
+            yield ("secondary", "input_group"), parse_address, ("secondary input group", second.input_group)
+        if second.input_port is not None:
+            yield ("secondary", "input_port"), _check_port, ("secondary input port", second.input_port)
+        if second.input_interface is not None:
+            what = "secondary input interface"
+            yield ("secondary", "input_interface"), _check_interface, (what, second.input_interface)
+        if second.source is not None:
+            yield ("secondary", "source"), _check_source, (second.source, legs(rule)[1].group)
+        elif rule.source is not None:
+            yield ("secondary",), _check_source, (rule.source, legs(rule)[1].group)
+    yield ("protection",), _check_protection, (rule,)
     for index, output in enumerate(rule.outputs):
         yield ("outputs", index, "interface"), _check_interface, ("output interface", output.interface)
         yield ("outputs", index, "group"), parse_address, ("output group", output.group)
@@ -258,13 +354,22 @@ def _checks(rule: Rule) -> Iterator[Check]:
 
 def in_canonical_form(rule: Rule) -> Rule:
     """The rule with its IPv6 addresses as RFC 5952 writes them, so that equal rules are equal."""
+    second = rule.secondary
     groups = [rule.input_group, rule.source or "", *(output.group for output in rule.outputs)]
+    if second is not None:
+        groups += [second.input_group or "", second.source or ""]
+        second = msgspec.structs.replace(
+            second,
+            input_group=second.input_group and canonical(second.input_group),
+            source=second.source and canonical(second.source),
+        )
     if not any(map(is_ipv6, groups)):
         return rule
     return msgspec.structs.replace(
         rule,
         input_group=canonical(rule.input_group),
         source=rule.source and canonical(rule.source),
+        secondary=second,
         outputs=tuple(msgspec.structs.replace(o, group=canonical(o.group)) for o in rule.outputs),
     )
 
@@ -302,28 +407,50 @@ def check_room(rules: Iterable[Rule]) -> None:
 Graph = Mapping[tuple[str, int], Sequence[Rule]]
 
 
-def _takes_from(rule: Rule, interface: str, interfaces: Sequence[str]) -> bool:
-    if rule.input_interface is None:
-        return interface in interfaces
-    return rule.input_interface == interface
+Place = tuple[str, int, str]  # group, port, interface: where an output may feed an input
+
+
+def _takes_from(rule: Rule, place: Place, interfaces: Sequence[str]) -> bool:
+    group, port, interface = place
+    return any(
+        (leg.group, leg.port) == (group, port)
+        and (interface in interfaces if leg.interface is None else leg.interface == interface)
+        for leg in legs(rule)
+    )
 
 
 def _successors(rule: Rule, by_input: Graph, interfaces: Sequence[str]) -> Iterable[Rule]:
-    for output in rule.outputs:
-        for follower in by_input.get((output.group, output.port), ()):
-            if _takes_from(follower, output.interface, interfaces):
-                yield follower
+    for place in _places(rule):
+        yield from _fed(place, by_input, interfaces)
 
 
 def group_by_input(rules: Iterable[Rule]) -> dict[tuple[str, int], list[Rule]]:
-    """Rules by their input group and port."""
+    """Rules by the group and port of their inputs."""
     by_input = defaultdict(list)
     for rule in rules:
-        by_input[rule.input_group, rule.input_port].append(rule)
+        for place in dict.fromkeys((leg.group, leg.port) for leg in legs(rule)):
+            by_input[place].append(rule)
     return dict(by_input)
 
 
-Place = tuple[str, int, str]  # group, port, interface: where an output may feed an input
+def check_protected(rules: Iterable[Rule], interfaces: Sequence[str]) -> None:
+    """Refuse rules with a second leg of which two would share an input: a datagram has one state. Raises RuleError.
+
+    `interfaces` are the relay's own, on which a rule without an input interface listens.
+    """
+    seen: dict[Place, list[tuple[Rule, Leg]]] = defaultdict(list)
+    for rule in rules:
+        for leg in legs(rule) if rule.secondary is not None else ():
+            for interface in (leg.interface,) if leg.interface else interfaces:
+                here = leg._replace(interface=interface)
+                sharing = seen[leg.group, leg.port, interface]
+                for other, others in sharing:
+                    if other is not rule and meet(here, others):
+                        raise RuleError(
+                            f"rules {other.rule_id} and {rule.rule_id} both protect {here}: "
+                            "let one rule have the outputs of both, or remove one"
+                        )
+                sharing.append((rule, here))
 
 
 def find_cycle(added: Iterable[Rule], by_input: Graph, interfaces: Sequence[str]) -> list[str]:
@@ -360,8 +487,8 @@ def _places(rule: Rule) -> Iterator[Place]:
 
 
 def _fed(place: Place, by_input: Graph, interfaces: Sequence[str]) -> Iterator[Rule]:
-    group, port, interface = place
-    return (rule for rule in by_input.get((group, port), ()) if _takes_from(rule, interface, interfaces))
+    group, port, _ = place
+    return (rule for rule in by_input.get((group, port), ()) if _takes_from(rule, place, interfaces))
 
 
 def check_cycles(added: Iterable[Rule], rules: Mapping[str, Rule], interfaces: Sequence[str]) -> None:
@@ -397,7 +524,7 @@ def chain_warnings(added: Sequence[Rule], rules: Mapping[str, Rule], interfaces:
             by_output[output.group, output.port].append(rule)
     ids = {rule.rule_id for rule in added}
     senders = {rule.rule_id: rule for rule in added}
-    for place in {(rule.input_group, rule.input_port) for rule in added}:
+    for place in {(leg.group, leg.port) for rule in added for leg in legs(rule)}:
         senders |= {sender.rule_id: sender for sender in by_output[place]}
     pairs = (
         (sender.rule_id, follower.rule_id)

@@ -174,6 +174,10 @@ def _values(rule: Rule) -> dict[str, Any]:
     values["outputs"] = array = tomlkit.array()
     for output in rule.outputs:
         array.append(_output_value(output))
+    if rule.secondary is not None:
+        values["secondary"] = tomlkit.inline_table()
+        given = msgspec.to_builtins(rule.secondary)
+        values["secondary"].update({key: value for key, value in given.items() if value is not None})
     return {key: value for key, value in values.items() if value is not None and value is not False}
 
 

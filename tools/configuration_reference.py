@@ -12,12 +12,17 @@ import msgspec
 from msgspec import Meta
 
 from relay.config import Options
-from relay.ranges import ConfiguredOutput, ConfiguredRule
+from relay.ranges import ConfiguredOutput, ConfiguredRule, ConfiguredSecondary
 from relay.rules import TEXT_CHARS_MAX
 from tools.environment import CHECKOUT
 
 PAGE = CHECKOUT / "docs" / "configuration.md"
-TABLES: dict[str, type[msgspec.Struct]] = {"options": Options, "rules": ConfiguredRule, "outputs": ConfiguredOutput}
+TABLES: dict[str, type[msgspec.Struct]] = {
+    "options": Options,
+    "rules": ConfiguredRule,
+    "outputs": ConfiguredOutput,
+    "secondary": ConfiguredSecondary,
+}
 SECTION = re.compile(r"(<!-- (\w+): generated -->\n).*?(<!-- end -->)", re.DOTALL)
 PLAIN = {str: "text", int: "number", bool: "`true` or `false`"}
 

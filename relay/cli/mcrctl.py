@@ -1,6 +1,7 @@
 """mcrctl: the control client. Each command is one request; --json prints the answer as it came."""
 
 from pathlib import Path
+from typing import get_args
 
 import click
 import msgspec
@@ -19,8 +20,8 @@ from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
 from relay.errors import ControlError, RuleError, UsageError
-from relay.ranges import ConfiguredOutput, ConfiguredRule, expand
-from relay.rules import parse_ttl, split_output
+from relay.ranges import ConfiguredOutput, ConfiguredRule, ConfiguredSecondary, expand
+from relay.rules import Protection, parse_ttl, split_output, split_secondary
 from relay.version import VERSION
 from relay.wording import counted
 
@@ -67,6 +68,14 @@ def _single_output(
     return [ConfiguredOutput(group, port, interface, parse_ttl(ttl) if ttl else None, dscp)]
 
 
+def _secondary(text: str | None, source: str | None) -> ConfiguredSecondary | None:
+    """The second input, if one is given. Raises RuleError."""
+    if text is None and source is None:
+        return None
+    group, port, interface = split_secondary(text) if text is not None else (None, None, None)
+    return ConfiguredSecondary(input_group=group, input_port=port, input_interface=interface, source=source)
+
+
 @main.command("add-rule")
 @click.option("--rule-id", metavar="ID", default="", help="With {group}, {port} or {n} for a range. [default: a hash]")
 @click.option("--input-group", metavar="G", help="Multicast group, a unicast address of this host, or a range of them.")
@@ -83,6 +92,9 @@ def _single_output(
 @click.option("--stall-ms", type=int, metavar="N", help="Tell when a sender is silent for longer.")
 @click.option("--max-pps", type=int, metavar="N", help="Drop what is over N datagrams a second. [default: no limit]")
 @click.option("--max-bps", type=int, metavar="N", help="Drop what is over N bits of payload a second.")
+@click.option("--secondary", metavar="G:P[:I]", help="The same comes in here, too; ::I for an interface alone.")
+@click.option("--secondary-source", metavar="S", help="The sender of what comes in there. [default: as --source]")
+@click.option("--protection", type=click.Choice(get_args(Protection)), help="How the two become one.")
 @click.option("--replace", is_flag=True, help="Change the rule of this id.")
 @click.option("--file", "file", type=click.Path(path_type=Path), help="Add the rules of a TOML file, all or none.")
 @json_option
@@ -103,6 +115,9 @@ def add_rule(
     stall_ms: int | None,
     max_pps: int | None,
     max_bps: int | None,
+    secondary: str | None,
+    secondary_source: str | None,
+    protection: Protection | None,
     replace: bool,
     file: Path | None,
     as_json: bool,
@@ -131,6 +146,8 @@ def add_rule(
             stall_ms=stall_ms,
             max_pps=max_pps,
             max_bps=max_bps,
+            secondary=_secondary(secondary, secondary_source),
+            protection=protection,
         )
         rules, wrong = expand(entry)
         for _, reason in wrong[:1]:

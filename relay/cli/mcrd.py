@@ -11,7 +11,7 @@ from relay import config, configfile, preflight
 from relay.config import LOG_LEVELS, Options, Origin
 from relay.errors import RelayError
 from relay.privileges import resolve_user
-from relay.rules import Rule, check_cycles
+from relay.rules import Rule, check_cycles, check_protected
 from relay.supervisor.main import Supervisor
 from relay.supervisor.state import check_state_place
 from relay.version import VERSION
@@ -28,6 +28,7 @@ def load(path: Path | None, command_line: dict[str, Any]) -> tuple[Options, tupl
     file_options, rules = configfile.read(path) if path is not None else ({}, ())
     options = config.merge(file_options, command_line)
     check_cycles(rules, {rule.rule_id: rule for rule in rules}, options.interfaces)
+    check_protected(rules, options.interfaces)
     return options, rules
 
 

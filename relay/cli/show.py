@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from relay.addresses import endpoint
+from relay.protection import LEG_NAMES
+from relay.rules import Rule, legs
 
 SHOWN_OUTPUTS_MAX = 3
 LATENCY_COLUMNS = ("p50", "p90", "p99", "p99.9", "p99.99", "max")
@@ -75,13 +78,21 @@ def _outputs(rule: dict[str, Any]) -> str:
     return " ".join(names[:SHOWN_OUTPUTS_MAX]) + more
 
 
+def _second(rule: dict[str, Any]) -> str:
+    """What is behind a rule's input in a list: its second leg, if there is one."""
+    if not rule.get("secondary"):
+        return ""
+    known = {name: rule[name] for name in Rule.__struct_fields__ if name in rule}
+    return f" and {legs(msgspec.convert(known, Rule))[1]}, {rule['protection']}"
+
+
 def rules(result: list[dict[str, Any]]) -> None:
     """A line for each rule."""
     table = _table("rule", "input", "interface", "source", "outputs", "state")
     for rule in result:
         table.add_row(
             rule["rule_id"],
-            endpoint(rule["input_group"], rule["input_port"]),
+            endpoint(rule["input_group"], rule["input_port"]) + _second(rule),
             rule["input_interface"] or "any",
             rule["source"] or "any",
             _outputs(rule),
@@ -98,7 +109,8 @@ def stats(result: dict[str, Any]) -> None:
         f"relayed {result['packets_relayed']}   {si(result['packets_per_second'])} packets/s   "
         f"{si(result['bits_per_second'])} bit/s"
     )
-    console.print(f"dropped: {_drops(result['drops'])}")
+    withheld = f"   withheld {result['packets_withheld']}" if result.get("packets_withheld") else ""
+    console.print(f"dropped: {_drops(result['drops'])}{withheld}")
     console.print(f"rings: {_fullest(result['workers'])}")
     table = _table("rule", "matched", "relayed", "dropped", "packets/s", "bit/s", "state")
     for rule in result["rules"]:
@@ -113,7 +125,39 @@ def stats(result: dict[str, Any]) -> None:
         )
     if result["rules"]:
         console.print(table)
+    _legs(console, result["rules"])
     _latency(console, result["workers"])
+
+
+def _legs(console: Console, rules: list[dict[str, Any]]) -> None:
+    """Two lines for each protected rule."""
+    table = _table("rule", "leg", "input", "packets", "first packets", "missing packets", "silent", "state")
+    for rule in rules:
+        protection = rule.get("protection")
+        if protection is None:
+            continue
+        for name, leg in zip(LEG_NAMES, protection["legs"], strict=False):
+            silent, missing = leg["silent_ms"], leg["missing"]
+            table.add_row(
+                rule["rule_id"],
+                name,
+                leg["input"],
+                str(leg["packets"]),
+                str(leg["firsts"]),
+                "" if missing is None else str(missing),
+                "" if silent is None else _duration(silent),
+                _leg_state(protection, name, leg),
+            )
+    if table.row_count:
+        console.print(table)
+
+
+def _leg_state(protection: dict[str, Any], name: str, leg: dict[str, Any]) -> str:
+    if not leg["delivers"]:
+        return "silent" if leg["packets"] else "nothing came"
+    if protection["mode"] == "seamless":
+        return "merged"
+    return "relayed" if protection["active"] == name else "stands by"
 
 
 def _latency(console: Console, workers: list[dict[str, Any]]) -> None:

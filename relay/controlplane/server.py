@@ -23,7 +23,17 @@ from relay.controlplane.clients import CHUNK_BYTES, Clients, encode
 from relay.controlplane.interfaces import Interfaces
 from relay.controlplane.rounds import Rounds
 from relay.errors import ControlError, RelayError
-from relay.rules import Rule, chain_warnings, check_cycles, check_room, fingerprint, merge, named
+from relay.rules import (
+    Rule,
+    chain_warnings,
+    check_cycles,
+    check_protected,
+    check_room,
+    fingerprint,
+    legs,
+    merge,
+    named,
+)
 from relay.version import VERSION
 
 RECEIVE_BYTES = 1 << 20
@@ -143,6 +153,7 @@ class ControlPlane:
         after |= {rule.rule_id: rule for rule in add}
         check_room(after.values())
         check_cycles(add, after, self._interfaces)
+        check_protected(after.values(), self._interfaces)
         return after
 
     # --- clients ----------------------------------------------------------------------------------
@@ -274,7 +285,7 @@ class ControlPlane:
         existing = self._kernel.names()
         for rule in rules:
             names = [output.interface for output in rule.outputs]
-            names += [rule.input_interface] if rule.input_interface else []
+            names += [leg.interface for leg in legs(rule) if leg.interface]
             for name in names:
                 if name not in existing:
                     raise ControlError(

@@ -7,7 +7,7 @@ waits. Closing sends it through every output of its entry, so those outputs shar
 
 from typing import Any
 
-from logging_shm.atomics import int64
+from logging_shm.atomics import int64, store_release_i64
 from logging_shm.compiled import write_event_about
 from logging_shm.jit import compiled
 from relay.dataplane import events, layout
@@ -98,6 +98,8 @@ def mark_sent(m: Any) -> None:
         if ring.taken:
             sent = ring.cursor + ring.taken
             i64_at(m.stats + RING_SENT_OFFSET, ring_index).value = sent - ring.frames if sent >= ring.frames else sent
+    if i64_at(m.journal, 0).value:  # JOURNAL.count: nothing of it is to be taken back any more
+        store_release_i64(m.journal, 0)
 
 
 @compiled

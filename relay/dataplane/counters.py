@@ -2,7 +2,7 @@
 
 The supervisor creates it before the worker starts and removes it at the end. It outlives restarts of the
 worker, so counters never go back. Layout: STATS_HEADER, RULE_STATS[RULES_MAX], OUTPUT_STATS[OUTPUTS_MAX], HEALTH,
-STREAM[STREAMS_MAX], PID[STREAMS_MAX, PIDS_MAX].
+STREAM[STREAMS_MAX], PID[STREAMS_MAX, PIDS_MAX], PROTECTION[PROTECTIONS_MAX], JOURNAL.
 """
 
 import mmap
@@ -31,6 +31,8 @@ def sections_of(segment: Any) -> dict[str, Any]:
         "health": (layout.STATS_HEALTH_OFFSET, layout.HEALTH, 1),
         "streams": (layout.STATS_STREAMS_OFFSET, layout.STREAM, layout.STREAMS_MAX),
         "pids": (layout.STATS_PIDS_OFFSET, layout.PID, layout.STREAMS_MAX * layout.PIDS_MAX),
+        "protections": (layout.STATS_PROTECTIONS_OFFSET, layout.PROTECTION, layout.PROTECTIONS_MAX),
+        "journal": (layout.STATS_JOURNAL_OFFSET, layout.JOURNAL, 1),
     }
     return {name: segment[at : at + dtype.itemsize * count].view(dtype) for name, (at, dtype, count) in places.items()}
 
@@ -75,6 +77,22 @@ class StatsHeader:
         """Count what the kernel lost, in frames, as it does. The worker may have left any number there."""
         self.header["ring_full"] = min(int(self.header["ring_full"]) + frames, layout.COUNT_MAX)
 
+    def read_protections(self) -> tuple[Any, Any] | None:
+        """Copies of the PROTECTION records and the JOURNAL; None of a version that has them otherwise, or not at all.
+
+        Read, not mapped: another process may have cut the file.
+        """
+        told = int(self.header["protections_offset"]), int(self.header["protection_bytes"])
+        if told != (layout.STATS_PROTECTIONS_OFFSET, layout.PROTECTION.itemsize):
+            return None
+        wanted = layout.STATS_BYTES - layout.STATS_PROTECTIONS_OFFSET
+        content = bytearray(os.pread(self._fd, wanted, layout.STATS_PROTECTIONS_OFFSET))
+        if len(content) != wanted:
+            return None
+        records = np.frombuffer(content, layout.PROTECTION, count=layout.PROTECTIONS_MAX)
+        at = layout.STATS_JOURNAL_OFFSET - layout.STATS_PROTECTIONS_OFFSET
+        return records, np.frombuffer(content, layout.JOURNAL, count=1, offset=at)[0]
+
     def fileno(self) -> int:
         """The descriptor, by which the segment can be handed on when its name is another's."""
         return self._fd
@@ -110,6 +128,8 @@ class StatsSegment(StatsHeader):
         self.health: Any = sections["health"][0]
         self.streams: Any = sections["streams"]
         self.pids: Any = sections["pids"].reshape(layout.STREAMS_MAX, layout.PIDS_MAX)
+        self.protections: Any = sections["protections"]
+        self.journal: Any = sections["journal"][0]
 
     @classmethod
     def create(cls, core: int, instance: str | None, uid: int, gid: int) -> Self:
@@ -128,4 +148,6 @@ class StatsSegment(StatsHeader):
         segment = cls(name, shm.fd, owner=True)
         segment.header["magic"] = layout.STATS_MAGIC
         segment.header["core"] = core
+        segment.header["protections_offset"] = layout.STATS_PROTECTIONS_OFFSET
+        segment.header["protection_bytes"] = layout.PROTECTION.itemsize
         return segment

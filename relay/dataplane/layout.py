@@ -189,6 +189,7 @@ TABLE_HEADER: Final = np.dtype(
         ("own_slots", "<i8"),
         ("rules", "<i8"),
         ("guards", "<i8"),
+        ("protected", "<i8"),
     ]
 )
 KEY: Final = np.dtype(
@@ -205,7 +206,16 @@ KEY: Final = np.dtype(
 ENTRY_HAS_SOURCES: Final = 1  # source-specific entries exist beside this one
 ENTRY_VARIES_BY_SOURCE: Final = 2  # some output preserves the source address
 ENTRY_VARIES_BY_TTL: Final = 4  # some output sends the incoming TTL less 1
-ENTRY: Final = np.dtype([("first_route", "<u4"), ("routes", "<u4"), ("flags", "<u4"), ("pad", "<u4")])
+# `protection`: 0, or the number of a PROTECTED plus 1
+ENTRY: Final = np.dtype([("first_route", "<u4"), ("routes", "<u4"), ("flags", "<u4"), ("protection", "<u4")])
+SEAMLESS: Final = 0
+FAILOVER: Final = 1
+PROTECTED_LEGS: Final = 2
+# Of an entry with a protected rule: which leg comes here. `twin` is the entry without that rule, for what is withheld
+# from it; -1 when there is none.
+PROTECTED: Final = np.dtype(
+    [("record", "<u4"), ("leg", "<u4"), ("mode", "<u4"), ("twin", "<i4"), ("stall_ns", "<i8"), ("pad", "<i8")]
+)
 ROUTE: Final = np.dtype([("rule", "<u4"), ("first_output", "<u4"), ("outputs", "<u4"), ("guard", "<u4")])  # 0: none
 ROUTE_OUTPUT: Final = np.dtype([("output", "<u4")])
 OUTPUT_CONNECTED: Final = 1
@@ -252,6 +262,7 @@ TABLE: Final = np.dtype(
         ("own_mask", "<i8"),
         ("rule_names", "<i8"),
         ("guards", "<i8"),
+        ("protected", "<i8"),
     ]
 )
 
@@ -295,6 +306,8 @@ STATS_HEADER: Final = np.dtype(
             "magic",
             "core",
             "pid",
+            "protections_offset",
+            "protection_bytes",
             "doorbell",
             "ring_full",
             "release",
@@ -310,6 +323,7 @@ STATS_HEADER: Final = np.dtype(
             "passes",
             "wakeups",
             "sends",
+            "packets_withheld",
             "drops",
             "ring_sent",
             "ring_fill_max",
@@ -317,6 +331,9 @@ STATS_HEADER: Final = np.dtype(
             "ring_fill_percent",
         ],
         "formats": [
+            "<i8",
+            "<i8",
+            "<i8",
             "<i8",
             "<i8",
             "<i8",
@@ -343,10 +360,10 @@ STATS_HEADER: Final = np.dtype(
         ],
         # The supervisor writes the line of the doorbell, the worker the rest.
         "offsets": [
-            *(0, 8, 16),
+            *(0, 8, 16, 24, 32),
             *(64, 72, 80),
             *(128, 136),
-            *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264),
+            *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264, 272),
             *(320, 448, 576, 704),
             1792,
         ],
@@ -476,7 +493,47 @@ PID: Final = np.dtype(
 STATS_HEALTH_OFFSET: Final = STATS_OUTPUTS_OFFSET + OUTPUTS_MAX * OUTPUT_STATS.itemsize
 STATS_STREAMS_OFFSET: Final = STATS_HEALTH_OFFSET + HEALTH.itemsize
 STATS_PIDS_OFFSET: Final = STATS_STREAMS_OFFSET + STREAMS_MAX * STREAM.itemsize
-STATS_BYTES: Final = STATS_PIDS_OFFSET + STREAMS_MAX * PIDS_MAX * PID.itemsize
+STATS_PROTECTIONS_OFFSET: Final = STATS_PIDS_OFFSET + STREAMS_MAX * PIDS_MAX * PID.itemsize
+
+# What became of the two legs of protected rules (protect.py). One worker reads both legs of a rule, and writes.
+PROTECTIONS_MAX: Final = 512  # protected rules: one core merges them all
+MERGE_WINDOW: Final = 32_768  # sequence numbers of which it is known whether they were let through
+LEG: Final = np.dtype(
+    [
+        ("packets", "<i8"),
+        ("firsts", "<i8"),  # of those, let through
+        ("expected", "<i8"),  # by RTP sequence numbers: what of it is no packet was missing
+        ("last_ns", "<i8"),  # CLOCK_MONOTONIC
+        ("received_ns", "<i8"),  # the kernel's, CLOCK_REALTIME
+        ("ssrc", "<u4"),
+        ("sequence", "<i4"),  # the highest; -1 before the first
+        ("bad_ssrc", "<u4"),
+        ("bad_sequence", "<i4"),  # what would follow a jump; -1: none
+        ("in_step", "<i4"),  # its sequence numbers are those of the record
+        ("pad", "<i4"),
+    ]
+)
+PROTECTION: Final = np.dtype(
+    [
+        ("identity", "<i8"),  # of the rule; 0: none. Written by the supervisor, before a table names the record
+        ("begun_ns", "<i8"),  # likewise
+        ("highest", "<i8"),  # sequence number, extended; -1 before the first RTP
+        ("ssrc", "<u4"),
+        ("active", "<u4"),  # leg that is let through, of a fail-over
+        ("since_ns", "<i8"),  # the primary has not been silent for longer than a stall since then
+        ("switches", "<i8"),  # from leg to leg; SSRCs and restarts of a seamless one
+        ("withheld", "<i8"),
+        ("not_rtp", "<i8"),
+        ("legs", LEG, (PROTECTED_LEGS,)),
+        ("passed", "<i8", (MERGE_WINDOW // 64,)),  # bit n: the sequence number n modulo MERGE_WINDOW was let through
+    ]
+)
+# What was let through since frames were last handed to the kernel: who goes on after a killed worker takes it back.
+JOURNAL_ENTRIES: Final = 65_536  # no frame holds more datagrams
+JOURNAL_SEQUENCE_BITS: Final = 48
+JOURNAL: Final = np.dtype([("count", "<i8"), ("pad", "<i8", (7,)), ("entries", "<i8", (JOURNAL_ENTRIES,))])
+STATS_JOURNAL_OFFSET: Final = STATS_PROTECTIONS_OFFSET + PROTECTIONS_MAX * PROTECTION.itemsize
+STATS_BYTES: Final = STATS_JOURNAL_OFFSET + JOURNAL.itemsize
 
 
 COUNT_MAX: Final = (1 << 63) - 1  # that a counter holds

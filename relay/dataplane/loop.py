@@ -2,6 +2,7 @@
 
     packet ring ─▶ read_frame ─▶ match ─▶ observe ─▶ add ─▶ drain ─▶ release
     (ring.py)      (parse.py)   (match)  (streams) (coalesce) (send)  (ring)
+                                          protect.py, for rules with two legs: before add
 
 A pass takes what the rings hold, at most PASS_FRAMES_MAX frames of each, sends it, and only then gives
 the slots back, so a worker that dies in a pass leaves its frames in the ring for the next one. The loop
@@ -24,8 +25,9 @@ from relay.dataplane.layout import (
     DropCause,
     offset_of,
 )
-from relay.dataplane.match import flow_index
+from relay.dataplane.match import entry_at, flow_index
 from relay.dataplane.memory import PASS_FRAMES_MAX, flow_at, i64_at, pollfd_at, ring_at, stats_at, timespec_of
+from relay.dataplane.protect import relay_protected
 from relay.dataplane.ring import fetch_copies, is_filled, needs_fetch, prefetch_frame, read_frame, release
 from relay.dataplane.send import DROPS_OFFSET, count_drops, trace_is_on
 from relay.dataplane.streams import cells_at, observe
@@ -107,7 +109,13 @@ def relay_frame(m: Any, t: Any, ring: Any, ring_index: int, slot: int) -> None:
         )  # fmt: skip
     observe(m, flow, datagram, ring_index)
     m.cells_at = cells_at(m, flow, datagram, slot, ring.frame_bytes)
-    add(m, t, int64(flow.entry), datagram)
+    entry = int64(flow.entry)
+    if entry_at(t.entries, entry).protection:
+        datagram.datagrams = relay_protected(m, t, entry, datagram)
+        if datagram.datagrams == 0:
+            return
+    else:
+        add(m, t, entry, datagram)
     begin_latency(m, datagram)
 
 

@@ -95,6 +95,9 @@ ARRAYS: tuple[tuple[str, Any, int | None], ...] = (
     ("streams", layout.STREAM, None),
     ("pids", layout.PID, None),  # PIDS_MAX a stream
     ("guard_cells", layout.GUARD_CELL, None),  # shared by all workers; handed over before the first table
+    ("protections", layout.PROTECTION, None),
+    ("journal", layout.JOURNAL, None),
+    ("merging", I32, layout.PROTECTIONS_MAX),  # the entry that a protected rule's last batch is of
     ("stream_index", I32, STREAM_INDEX_SLOTS),  # from a hash to a stream's number
     ("pending", PENDING, PENDING_MAX),  # frames matched since the last drain
     ("log_dataplane", U8, None),  # shared: the log segments
@@ -137,6 +140,8 @@ WORKER = np.dtype(
         ("cells_at", "<i8"),  # where in a slot transport stream packets began lately; 0: nowhere
         ("pending_count", "<i8"),
         ("evict_next", "<i8"),  # where to look for a stream that has ended
+        # protection
+        ("rings_since_ns", "<i8"),  # since when all rings are read
         ("timespec", "<i8", (2,)),
         ("datagram", layout.DATAGRAM),
         *((name, "<i8") for name, _, _ in ARRAYS),

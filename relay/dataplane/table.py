@@ -35,6 +35,7 @@ SECTIONS: tuple[tuple[str, str, Any], ...] = (
     ("own", "own_slots", layout.OWN_SOURCE),
     ("rule_names", "rules", layout.RULE_NAME),
     ("guards", "guards", layout.GUARD),
+    ("protected", "protected", layout.PROTECTED),
 )
 
 
@@ -54,8 +55,18 @@ class TableOutput:
 
 
 @dataclass(frozen=True)
+class TableProtection:
+    """Which leg of a protected rule an input is."""
+
+    record: int  # number of its PROTECTION
+    leg: int
+    mode: int  # layout.SEAMLESS, FAILOVER
+    stall_ns: int = 0
+
+
+@dataclass(frozen=True)
 class TableRule:
-    """A rule as the data plane needs it."""
+    """A rule as the data plane needs it; one with two legs comes twice."""
 
     slot: int  # of its counters
     name: str
@@ -67,6 +78,7 @@ class TableRule:
     outputs: tuple[TableOutput, ...]
     max_pps: int = 0  # datagrams a second; 0: no limit
     max_bps: int = 0  # bits of payload
+    protection: TableProtection | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,18 @@ def _entries(rules: Iterable[TableRule]) -> dict[_Key, _Entry]:
         if source != ANY:
             entry.rules += entries[group, port, ring, ANY].rules
     return entries
+
+
+def _twins(entries: Sequence[_Entry]) -> dict[int, tuple[TableRule, ...]]:
+    """By their number, entries with a protected rule, and what they would be without it. Raises RuleError for two."""
+    twins = {}
+    for index, entry in enumerate(entries):
+        protected = [rule for rule in entry.rules if rule.protection is not None]
+        if len(protected) > 1:
+            raise RuleError(f"rules {protected[0].name} and {protected[1].name} both protect an input: remove one")
+        if protected:
+            twins[index] = tuple(rule for rule in entry.rules if rule.protection is None)
+    return twins
 
 
 def _hash_keys(keys: Sequence[_Key]) -> Any:
@@ -150,9 +174,12 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
     Raises RuleError when they are more than the tables of a worker hold.
     """
     grouped = _entries(rules)
-    if len(grouped) > TABLE_ENTRIES_MAX:
-        raise RuleError(f"{len(grouped)} distinct inputs are over the limit of {TABLE_ENTRIES_MAX}")
-    entries = np.zeros(len(grouped), layout.ENTRY)
+    twins = _twins(list(grouped.values()))
+    every = [*grouped.values(), *(_Entry(list(twin)) for twin in twins.values() if twin)]
+    if len(every) > TABLE_ENTRIES_MAX:
+        raise RuleError(f"{len(every)} distinct inputs are over the limit of {TABLE_ENTRIES_MAX}")
+    entries = np.zeros(len(every), layout.ENTRY)
+    protected = np.zeros(len(twins), layout.PROTECTED)
     routes: list[tuple[int, int, int, int]] = []
     route_outputs: list[int] = []
     first_output: dict[int, int] = {}
@@ -167,6 +194,8 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
         name = rule.name.encode()[: layout.LOG_RULE_NAME_BYTES_MAX]
         names[rule.slot]["length"] = len(name)
         names[rule.slot]["name"][: len(name)] = np.frombuffer(name, np.uint8)
+        if rule.slot in first_output:
+            continue
         first_output[rule.slot] = len(route_outputs)
         for output in rule.outputs:
             flags = layout.OUTPUT_CONNECTED if output.connected else 0
@@ -184,7 +213,7 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
             )
             route_outputs.append(output.slot)
 
-    for index, entry in enumerate(grouped.values()):
+    for index, entry in enumerate(every):
         flags = layout.ENTRY_HAS_SOURCES if entry.has_sources else 0
         if any(rule.preserve_source for rule in entry.rules):
             flags |= layout.ENTRY_VARIES_BY_SOURCE
@@ -195,6 +224,13 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
             (rule.slot, first_output[rule.slot], len(rule.outputs), guards.get(rule.slot, 0)) for rule in entry.rules
         ]
 
+    next_twin = len(grouped)
+    for row, (index, twin) in enumerate(twins.items()):
+        entries[index]["protection"] = row + 1
+        (leg,) = [rule.protection for rule in every[index].rules if rule.protection is not None]
+        protected[row] = (leg.record, leg.leg, leg.mode, next_twin if twin else -1, leg.stall_ns, 0)
+        next_twin += bool(twin)
+
     arrays = (
         _hash_keys(list(grouped)),
         entries,
@@ -204,6 +240,7 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
         _hash_own(own),
         names,
         np.array([(rule.max_pps, rule.max_bps) for rule in guarded], layout.GUARD),
+        protected,
     )
     header = np.zeros(1, layout.TABLE_HEADER)
     header["magic"] = layout.TABLE_MAGIC

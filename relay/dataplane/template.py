@@ -61,6 +61,7 @@ def load_compiled_code() -> None:
     resume_copies(worker_memory.worker, 0)
     rebuild_index(worker_memory.worker)
     prune(worker_memory.worker, table.view)
+    loop.run_pass(worker_memory.worker, table.view)
 
 
 class Template:

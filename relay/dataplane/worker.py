@@ -26,6 +26,7 @@ from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.guard_cells import map_guard_cells
 from relay.dataplane.memory import address_of
+from relay.dataplane.protect import take_back
 from relay.dataplane.ring import find_cursor, resume_copies
 from relay.dataplane.table import compile_table, map_table, view_table
 from relay.dataplane.uring import Uring
@@ -84,6 +85,7 @@ class Worker:
         streams.rebuild_index(state)
         state["doorbell_seen"] = self.stats.header["doorbell"]
         self.memory["reported"]["value"] = self.stats.header["drops"]
+        take_back(self.stats.protections, self.stats.journal)
         self.stats.header["pid"] = os.getpid()
 
     def run(self) -> None:
@@ -149,6 +151,7 @@ class Worker:
                 self.memory.use_guard_cells(map_guard_cells(descriptors[0]))
                 os.close(descriptors[0])
             case SetTable():
+                self.relay_what_came()
                 self.table = map_table(descriptors[0])
                 os.close(descriptors[0])
                 streams.prune(self.memory.worker, self.table.view)
@@ -159,6 +162,10 @@ class Worker:
         """Tell the supervisor; that it is gone is noticed when what it has sent before is read."""
         with contextlib.suppress(ChannelClosedError):
             self.channel.send(message)
+
+    def relay_what_came(self) -> None:
+        """Under the rules that were: an input may be another ring's after a change, and was admitted here until now."""
+        loop.run_pass(self.memory.worker, self.table.view)
 
     def set_socket(self, number: int, descriptor: int) -> None:
         """Put an egress socket under its number, or none with -1; nothing is in flight between passes."""
@@ -190,13 +197,15 @@ class Worker:
         self.memory.link_copies(message.index)
         resume_copies(self.memory.worker, message.index)
         ring["active"] = 1
+        self.memory.worker["rings_since_ns"] = time.monotonic_ns()
         self.rings[message.index] = (socket.socket(fileno=descriptor), mapped)
 
     def remove_ring(self, index: int) -> None:
-        """Let go of a ring whose interface is gone."""
-        held = self.rings.pop(index, None)
-        if held is None:
+        """Let go of a ring whose interface is gone, or that is no more needed."""
+        if index not in self.rings:
             return
+        self.relay_what_came()
+        held = self.rings.pop(index)
         self.memory["rings"][index]["active"] = 0
         self.stats.header["ring_sent"][index] = 0
         self.stats.header["ring_fill_percent"][index] = 0

@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from relay.health import StreamHealth
 from relay.messages import LATENCY_BOUNDS_NS, RuleStats, Stats, WorkerStats
+from relay.protection import LEG_NAMES, LegHealth, ProtectionHealth
 
 RULES_MAX = 10_000  # with series of their own; a scrape of these takes a second of this process
 OUTPUTS_MAX = 20_000
@@ -149,6 +150,21 @@ def _of_mpeg_ts(name: str) -> Callable[[Stats], Samples]:
     return _of_rules(lambda rule: getattr(rule.mpeg_ts, name) if rule.mpeg_ts is not None else None)
 
 
+def _of_legs(value: Callable[[LegHealth], float | None]) -> Callable[[Stats], Samples]:
+    """Both legs of each protected rule, but for those without a value."""
+    return lambda stats: [
+        ((rule.rule_id, name), number)
+        for rule in stats.rules
+        if rule.protection is not None
+        for name, leg in zip(LEG_NAMES, rule.protection.legs, strict=False)
+        if (number := value(leg)) is not None
+    ]
+
+
+def _of_protection(value: Callable[[ProtectionHealth], float | None]) -> Callable[[Stats], Samples]:
+    return _of_rules(lambda rule: value(rule.protection) if rule.protection is not None else None)
+
+
 WORKER, RULE, OUTPUT = ("core",), ("rule",), ("rule", "output")
 
 OF_THE_RELAY = (
@@ -260,6 +276,33 @@ OF_STREAMS = (
         _of_mpeg_ts("sync_losses"),
     ),
 )
+LEG = ("rule", "leg")
+OF_PROTECTION = (
+    Family(
+        *("gauge", "mcr_rule_leg_delivers", "", "Whether datagrams come by this leg of a protected rule.", LEG),
+        _of_legs(lambda leg: leg.delivers),
+    ),
+    Family(
+        *("counter", "mcr_rule_leg", "packets", "Datagrams that came by this leg.", LEG),
+        _of_legs(lambda leg: leg.packets),
+    ),
+    Family(
+        *("counter", "mcr_rule_leg_first", "packets", "Of these, datagrams that were let through.", LEG),
+        _of_legs(lambda leg: leg.firsts),
+    ),
+    Family(
+        *("gauge", "mcr_rule_leg_missing", "packets", "Sequence numbers that this leg has not brought.", LEG),
+        _of_legs(lambda leg: leg.missing),
+    ),
+    Family(
+        *("gauge", "mcr_rule_on_secondary", "", "Whether a fail-over rule relays its secondary leg.", RULE),
+        _of_protection(lambda p: None if p.active is None else p.active == LEG_NAMES[1]),
+    ),
+    Family(
+        *("counter", "mcr_rule_withheld", "packets", "Second copies, and what came by the leg that stands by.", RULE),
+        _of_protection(lambda p: p.withheld),
+    ),
+)
 OF_OUTPUTS = (
     Family(
         *("counter", "mcr_output", "packets", "Datagrams of the rule that left by this output.", OUTPUT),
@@ -274,7 +317,7 @@ OF_OUTPUTS = (
         *((*OUTPUT, "cause"), _output_drops),
     ),
 )
-FAMILIES = (*OF_THE_RELAY, *OF_WORKERS, *OF_RULES, *OF_STREAMS, *OF_OUTPUTS)
+FAMILIES = (*OF_THE_RELAY, *OF_WORKERS, *OF_RULES, *OF_STREAMS, *OF_PROTECTION, *OF_OUTPUTS)
 
 
 def limited(stats: Stats, rules_max: int = RULES_MAX, outputs_max: int = OUTPUTS_MAX) -> tuple[Stats, int, int]:

@@ -10,8 +10,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -36,7 +36,7 @@ from relay.messages import (
     SetSockets,
     SetTable,
 )
-from relay.rules import Output, Rule, limits_of
+from relay.rules import Leg, Output, Rule, limits_of
 from relay.supervisor import room
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -69,6 +69,7 @@ from relay.supervisor.orphans import (
     stats_name,
 )
 from relay.supervisor.plan import Plan, PlannedRule, make_plan
+from relay.supervisor.protections import Protections
 
 WAITING_MAX = 1024  # messages to one worker that does not read: three times what the largest change takes
 
@@ -190,14 +191,22 @@ class Worker:
         self.is_out_of_step = False
 
 
+Place = tuple[str, int]  # group, port
+RingKey = tuple[str, bool]  # interface, and whether it is the ring of its protected inputs
+
+
 @dataclass
 class Ring:
-    """A ring number: the interface it reads, and that interface's fanout group."""
+    """A ring number: the interface it reads, and that interface's fanout group.
+
+    Or the ring of the interface's protected inputs: both legs of a rule must be merged by one worker, so one reads it.
+    """
 
     number: int
     interface: str
     ifindex: int
     fanout_id: int | None = None
+    reader: int | None = None  # the core whose worker alone reads it; None: every worker, each a share
     is_adopted: bool = False  # from a former supervisor: a predecessor may have read some of it
 
 
@@ -210,6 +219,7 @@ class Retired:
     rule_slots: list[int] = field(default_factory=list)
     limit_slots: list[int] = field(default_factory=list)  # of rules whose limits are others
     output_slots: list[int] = field(default_factory=list)
+    protections: list[int] = field(default_factory=list)
 
 
 class Fleet:
@@ -237,9 +247,12 @@ class Fleet:
         self._fanout = fanout
         self._exclusive = exclusive
         self._orphans = orphans
-        self._orphaned: dict[tuple[str, int], KeptRing] = {}  # not adopted yet
+        self._orphaned: dict[tuple[str, bool, int], KeptRing] = {}  # not adopted yet
         self.revision = 0  # of what `kept` and `inventory` tell
-        self._rings: dict[str, Ring] = {}
+        self._rings: dict[RingKey, Ring] = {}
+        self._admitted: dict[RingKey, set[Place]] = {}  # by the filters that rings have now
+        self.protections = Protections()
+        self._reader: int | None = None  # the core of the worker that reads protected inputs, of all interfaces
         self._ring_numbers = Numbers(layout.RINGS_MAX)
         self._rule_numbers = Numbers(layout.RULES_MAX)
         self._output_numbers = Numbers(layout.OUTPUTS_MAX)
@@ -248,10 +261,7 @@ class Fleet:
         self._memberships = Memberships()
         self._refusals: set[str] = set()  # of the kernel, by the last `begin`
         if orphans is not None:
-            kept = orphans.inventory
-            self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
-            self._orphaned = {(ring.interface, ring.ifindex): ring for ring in kept.rings}
-            self._ring_numbers.reserve({ring.number for ring in kept.rings})
+            self._adopt(orphans)
         self._retired = Retired()
         self._table = compile_table((), (), 0)
         self._guard_cells = GuardCells()
@@ -278,6 +288,14 @@ class Fleet:
             self.close()
             raise
 
+    def _adopt(self, orphans: Orphans) -> None:
+        """Go on with what a former supervisor joined and held; its rings are adopted as rules want them."""
+        kept = orphans.inventory
+        self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
+        self._orphaned = {(ring.interface, ring.reader is not None, ring.ifindex): ring for ring in kept.rings}
+        self._ring_numbers.reserve({ring.number for ring in kept.rings})
+        self._reader = next((ring.reader for ring in kept.rings if ring.reader is not None), None)
+
     # --- rules ------------------------------------------------------------------------------------
 
     def begin(self, rules: Sequence[Rule], interfaces: Mapping[str, Interface], strict: bool) -> list[str]:
@@ -295,7 +313,7 @@ class Fleet:
         self._replace_rings(plan, refusals)
         self.generation += 1
         self.plan = plan
-        self._table = compile_table(self._table_rules(plan), self._own_sources(), self.generation)
+        self._table = self._compiled(moved=True)
         for worker in self.workers:
             if worker.running:
                 self._hand_sockets(worker, dict(opened.values()))
@@ -335,7 +353,16 @@ class Fleet:
         self._guard_cells.fill([*retired.rule_slots, *retired.limit_slots])
         for sock in retired.sockets.values():
             sock.close()
-        self._set_filters(self.plan)
+        has_moved = any(self._moved_from(key) for key in self._rings)
+        self._set_filters()
+        self._end_rings()
+        if has_moved:
+            self.generation += 1
+            self._table = self._compiled(moved=False)
+            for worker in self.workers:
+                if worker.running:
+                    self._hand_table(worker)
+        self.protections.give_back(retired.protections)
         self._ring_numbers.give_back(retired.rings)
         self._socket_numbers.give_back(retired.sockets)
         self._rule_numbers.give_back(retired.rule_slots)
@@ -358,6 +385,7 @@ class Fleet:
         )
         if any(wanted > left for wanted, left in zip(new, room, strict=True)):
             raise RuleError("too many rules or outputs change at once: change them in several steps")
+        self.protections.check_room(_protected(plan))
 
     def _open_egress(self, plan: Plan, strict: bool, warnings: list[str]) -> dict[EgressKey, tuple[int, socket.socket]]:
         opened: dict[EgressKey, tuple[int, socket.socket]] = {}
@@ -412,11 +440,38 @@ class Fleet:
             self.rule_slots[rule_id] = self._rule_numbers.take()
         for output in outputs - set(self.output_slots):
             self.output_slots[output] = self._output_numbers.take()
+        segments = [worker.stats for worker in self.workers]
+        self._retired.protections += self.protections.follow(_protected(plan), segments)
 
-    def _table_rules(self, plan: Plan) -> list[TableRule]:
-        return [self._table_rule(planned) for planned in plan.rules]
+    def _compiled(self, moved: bool) -> bytes:
+        """The table of the plan; with `moved`, what goes from one ring to another is relayed from both."""
+        left = {key: self._moved_from(key) for key in self._rings} if moved else {}
+        table_rules = [rule for planned in self.plan.rules for rule in self._table_rules(planned, left)]
+        return compile_table(table_rules, self._own_sources(), self.generation)
 
-    def _table_rule(self, planned: PlannedRule) -> TableRule:
+    def _table_rules(self, planned: PlannedRule, left: Mapping[RingKey, Collection[Place]]) -> Iterator[TableRule]:
+        """A rule for each leg. Where several workers read it, a protected rule has its primary, and as it comes.
+
+        So it is in rings that an input has `left`, and where the kernel has refused a ring for it.
+        """
+        for number, (leg, interfaces) in enumerate(planned.inputs):
+            place = leg.group, leg.port
+            keys = [key for name in interfaces if (key := self._key(name, place)) in self._rings]
+            protection = self.protections.of_table(planned.rule, number)
+            merged = [key for key in keys if key[1] or protection is None]
+            plain = [key for key in keys if key not in merged]
+            plain += [key for name, shared in keys if place in left.get(key := (name, not shared), ())]
+            table_rule = self._table_rule(planned, leg, tuple(self._rings[key].number for key in merged))
+            yield table_rule if protection is None else replace(table_rule, protection=protection)
+            if plain and number == 0:
+                yield replace(table_rule, rings=tuple(self._rings[key].number for key in plain))
+
+    def _key(self, interface: str, place: Place) -> RingKey:
+        """The ring of an interface that has an input."""
+        is_protected = place in self.plan.protected.get(interface, ()) and (interface, True) in self._rings
+        return interface, is_protected
+
+    def _table_rule(self, planned: PlannedRule, leg: Leg, rings: tuple[int, ...]) -> TableRule:
         rule = planned.rule
         outputs = []
         for planned_output in planned.outputs:
@@ -437,10 +492,10 @@ class Fleet:
         return TableRule(
             slot=self.rule_slots[rule.rule_id],
             name=rule.rule_id,
-            group=rule.input_group,
-            port=rule.input_port,
-            source=rule.source,
-            rings=tuple(self._rings[name].number for name in planned.interfaces if name in self._rings),
+            group=leg.group,
+            port=leg.port,
+            source=leg.source,
+            rings=rings,
             preserve_source=rule.preserve_source,
             outputs=tuple(outputs),
             max_pps=rule.max_pps or 0,
@@ -460,15 +515,18 @@ class Fleet:
 
     # --- rings ------------------------------------------------------------------------------------
 
+    def _readers(self, ring: Ring) -> list[Worker]:
+        return [worker for worker in self.workers if not worker.is_excluded and ring.reader in (None, worker.core)]
+
     def created_anew(self) -> set[str]:
         """Interfaces that are not those that their rings were opened on, though name and index may be the same.
 
         So it is after a visit to another network namespace, or when a tool asks for the index.
         """
         return {
-            name
-            for name, ring in self._rings.items()
-            if not all(is_bound(worker.rings[ring.number]) for worker in self.workers if not worker.is_excluded)
+            ring.interface
+            for ring in self._rings.values()
+            if not all(is_bound(worker.rings[ring.number]) for worker in self._readers(ring))
         }
 
     def has_lapsed_joins(self) -> bool:
@@ -476,25 +534,29 @@ class Fleet:
         return bool(self._memberships.lapsed())
 
     def _replace_rings(self, plan: Plan, warnings: list[str]) -> None:
-        """Open rings on interfaces that came, close those of interfaces that went."""
+        """Open rings on interfaces that came, close those of interfaces that went.
+
+        The ring of protected inputs that are none any more goes later (`_end_rings`): others may still want them.
+        """
         created_anew = self.created_anew()
-        for name in [n for n, ring in self._rings.items() if plan.rings.get(n) != ring.ifindex or n in created_anew]:
-            ring = self._rings.pop(name)
+        for key, ring in list(self._rings.items()):
+            name = ring.interface
+            if plan.rings.get(name) == ring.ifindex and name not in created_anew:
+                continue
+            del self._rings[key]
             if name in created_anew:
                 self._memberships.forget(ring.ifindex)
                 if self._exclusive is not None:
                     self._exclusive.forget()
+            self._close_ring(key, ring)
             for worker in self.workers:
-                if worker.running:
-                    worker.send(RemoveRing(ring.number))
-                if not worker.is_excluded:
-                    worker.rings.pop(ring.number).close()
                 worker.forget_place(ring.number)
-            self._retired.rings.append(ring.number)
-        for name, ifindex in plan.rings.items():
-            if name not in self._rings:
+        wanted: list[RingKey] = [(name, False) for name in plan.rings]
+        wanted += [(name, True) for name in plan.rings if name in plan.protected]
+        for key in wanted:
+            if key not in self._rings:
                 try:
-                    self._open_rings(name, ifindex)
+                    self._open_rings(key, plan.rings[key[0]])
                 except RelayError as error:
                     warnings.append(str(error))
         for kept in self._orphaned.values():
@@ -502,25 +564,55 @@ class Fleet:
             self._ring_numbers.give_back([kept.number])
         self._orphaned.clear()
 
-    def _open_rings(self, name: str, ifindex: int) -> None:
-        kept = self._orphaned.pop((name, ifindex), None)
+    def _close_ring(self, key: RingKey, ring: Ring) -> None:
+        for worker in self._readers(ring):
+            if worker.running:
+                worker.send(RemoveRing(ring.number))
+            worker.rings.pop(ring.number).close()
+        self._admitted.pop(key, None)
+        self._retired.rings.append(ring.number)
+
+    def _end_rings(self) -> None:
+        """Close rings of protected inputs that are none any more. Workers relay what is in them first."""
+        for key, ring in list(self._rings.items()):
+            if ring.reader is not None and ring.interface not in self.plan.protected:
+                del self._rings[key]
+                self._close_ring(key, ring)
+                self.revision += 1
+
+    def _open_rings(self, key: RingKey, ifindex: int) -> None:
+        name, is_protected = key
+        kept = self._orphaned.pop((name, is_protected, ifindex), None)
         ring = Ring(self._ring_numbers.take() if kept is None else kept.number, name, ifindex)
+        if is_protected:
+            ring.reader = self._reader_of_protected().core
+        if kept is None:
+            for worker in self.workers:
+                worker.forget_place(ring.number)
         sockets = [] if kept is None else self._adopt_ring(ring, kept)
-        readers = [worker for worker in self.workers if not worker.is_excluded]
+        readers = self._readers(ring)
+        mode = None if is_protected else self._fanout
         try:
             while len(sockets) < len(readers):
-                sock, ring.fanout_id = open_ring(name, self._ring_bytes, self._fanout, ring.fanout_id)
+                sock, ring.fanout_id = open_ring(name, self._ring_bytes, mode, ring.fanout_id)
                 sockets.append(sock)
         except RelayError:
             self._ring_numbers.give_back([ring.number])
             for sock in sockets:
                 sock.close()
             raise
-        self._rings[name] = ring
+        self._rings[key] = ring
         for worker, sock in zip(readers, sockets, strict=True):
             worker.rings[ring.number] = sock
             if worker.running and worker.predecessor is None:
                 self._hand_ring(worker, ring.number)
+
+    def _reader_of_protected(self) -> Worker:
+        """Who reads protected inputs: the worker of the lowest core that gets traffic, until it gets none."""
+        able = {worker.core: worker for worker in self.workers if not worker.is_excluded}
+        if self._reader not in able:
+            self._reader = min(able)
+        return able[self._reader]
 
     def _adopt_ring(self, ring: Ring, kept: KeptRing) -> list[socket.socket]:
         """The sockets of a former supervisor's ring on this interface, which go on filling meanwhile; [] without."""
@@ -530,7 +622,7 @@ class Fleet:
             self._disown(kept)  # created anew while nobody looked, under its old index
             return []
         ring.fanout_id, ring.is_adopted = kept.fanout_id, True
-        for worker in self.workers:
+        for worker in self._readers(ring):
             if worker.predecessor is None:  # it has died, and its rings went on filling
                 self._go_on_in(worker, ring)
         return sockets
@@ -545,13 +637,37 @@ class Fleet:
         """Let a worker begin where its predecessor left off."""
         assert self._orphans is not None
         worker.stats.header["ring_sent"][ring.number] = self._orphans.place(worker.core, ring.number)
+        if ring.reader is not None:
+            former = self._orphans.kept.stats[worker.core]
+            self.protections.inherit(worker.stats, former, with_counts=False)
 
-    def _set_filters(self, plan: Plan) -> None:
-        for name, ring in self._rings.items():
-            program = bpf.assemble(plan.admitted[name])
-            for worker in self.workers:
-                if not worker.is_excluded:
-                    attach_filter(worker.rings[ring.number], program)
+    def _wanted_by(self, key: RingKey) -> set[Place]:
+        """What a ring is to admit."""
+        name, is_protected = key
+        protected = self.plan.protected.get(name, set()) if (name, True) in self._rings else set()
+        return protected if is_protected else self.plan.admitted[name] - protected
+
+    def _moved_from(self, key: RingKey) -> set[Place]:
+        """What a ring admits still, and its interface's other ring is to admit."""
+        name, is_protected = key
+        other = (name, not is_protected)
+        return self._admitted.get(key, set()) & self._wanted_by(other) if other in self._rings else set()
+
+    def _set_filters(self) -> None:
+        """Let in what the plan has. What goes from one ring to another is in both for a moment, rather than in none."""
+        wanted = {key: self._wanted_by(key) for key in self._rings}
+        for name, is_protected in self._rings:
+            key = (name, not is_protected)
+            if moved := self._moved_from((name, is_protected)):
+                self._attach(key, moved | wanted[key] | self._admitted.get(key, set()))
+        for key, inputs in wanted.items():
+            self._attach(key, inputs)
+
+    def _attach(self, key: RingKey, inputs: set[Place]) -> None:
+        program = bpf.assemble(inputs)
+        for worker in self._readers(self._rings[key]):
+            attach_filter(worker.rings[self._rings[key].number], program)
+        self._admitted[key] = inputs
 
     def _keep_from_host(self, plan: Plan) -> list[str]:
         """Let the host's own stack have what is not relayed, and only that, if the relay is exclusive."""
@@ -559,7 +675,7 @@ class Fleet:
             return []
         try:
             self._exclusive.apply(
-                {(ring.interface, ring.ifindex): plan.admitted[name] for name, ring in self._rings.items()}
+                {(ring.interface, ring.ifindex): plan.admitted[ring.interface] for ring in self._rings.values()}
             )
         except RelayError as error:
             return [str(error)]
@@ -567,7 +683,20 @@ class Fleet:
 
     def interface_names(self) -> dict[int, str]:
         """The interfaces of the rings, by ring number."""
-        return {ring.number: name for name, ring in self._rings.items()}
+        return {ring.number: ring.interface for ring in self._rings.values()}
+
+    def inputs_of(self, planned: PlannedRule) -> Iterator[tuple[Leg, int]]:
+        """Where a rule takes in: each leg with the number of each ring that it comes by."""
+        for leg, interfaces in planned.inputs:
+            place = leg.group, leg.port
+            for name in interfaces:
+                ring = self._rings.get(self._key(name, place))
+                if ring is not None:
+                    yield leg, ring.number
+
+    def reader(self) -> Worker | None:
+        """The worker that merges the legs of protected rules; None as long as there are none."""
+        return next((worker for worker in self.workers if worker.core == self._reader), None)
 
     # --- a worker that keeps dying ----------------------------------------------------------------
 
@@ -575,7 +704,9 @@ class Fleet:
         """Give a worker's share of the traffic to the others; return the frames lost by it, None without others."""
         if all(other.is_excluded for other in self.workers if other is not worker):
             return None
+        moving = {key: ring for key, ring in self._rings.items() if ring.reader == worker.core}
         worker.is_excluded = True
+        opened = {key: self._open_beside(ring) for key, ring in moving.items()}
         lost = 0
         for number, sock in worker.rings.items():
             with contextlib.suppress(OSError):  # no memory for looking into it
@@ -584,17 +715,51 @@ class Fleet:
             sock.close()  # which takes it out of the fanout group
             worker.forget_place(number)
         worker.rings.clear()
+        for key, ring in moving.items():
+            self._give_to_another(worker, key, ring, opened[key])
         worker.stats.add_ring_full(lost)
         self.revision += 1
         return lost
+
+    def _open_beside(self, ring: Ring) -> socket.socket | None:
+        """Another ring for the same protected inputs; None when the kernel refuses."""
+        try:
+            sock, _ = open_ring(ring.interface, self._ring_bytes, None, None)
+        except RelayError:
+            return None
+        try:
+            attach_filter(sock, bpf.assemble(self._admitted.get((ring.interface, True), set())))
+        except OSError:
+            sock.close()
+            return None
+        return sock
+
+    def _give_to_another(self, former: Worker, key: RingKey, ring: Ring, sock: socket.socket | None) -> None:
+        """Another worker reads protected inputs from now on, and knows what was let through.
+
+        Not what the former's ring holds: one of these frames may be what it dies of.
+        """
+        if sock is None:
+            del self._rings[key]
+            self._admitted.pop(key, None)
+            self._retired.rings.append(ring.number)
+            self._refusals.add(f"protected inputs of {ring.interface} have no ring")  # so it is tried again
+            return
+        heir = self._reader_of_protected()
+        self.protections.inherit(heir.stats, former.stats, with_counts=True)
+        heir.forget_place(ring.number)
+        ring.reader, heir.rings[ring.number] = heir.core, sock
+        if heir.running and heir.predecessor is None:
+            self._hand_ring(heir, ring.number)
 
     def readmit(self, worker: Worker) -> None:
         """Give a worker its share again. Raises RelayError when a ring can't be opened; it stays excluded then."""
         opened: dict[int, socket.socket] = {}
         try:
-            for ring in self._rings.values():
-                opened[ring.number], _ = open_ring(ring.interface, self._ring_bytes, self._fanout, ring.fanout_id)
-                attach_filter(opened[ring.number], bpf.assemble(self.plan.admitted[ring.interface]))
+            for key, ring in self._rings.items():
+                if ring.reader is None:
+                    opened[ring.number], _ = open_ring(ring.interface, self._ring_bytes, self._fanout, ring.fanout_id)
+                    attach_filter(opened[ring.number], bpf.assemble(self._admitted.get(key, set())))
         except (RelayError, OSError) as error:
             for sock in opened.values():
                 sock.close()
@@ -607,13 +772,13 @@ class Fleet:
 
     def count_ring_drops(self) -> dict[tuple[int, str], int]:
         """Count the frames that the kernel dropped since the last call; return them by core and interface."""
-        lost = {}
-        for worker in self.workers:
-            for ring in () if worker.is_excluded else self._rings.values():
+        lost: dict[tuple[int, str], int] = {}
+        for ring in self._rings.values():
+            for worker in self._readers(ring):
                 frames = take_ring_drops(worker.rings[ring.number])
                 if frames:
                     worker.stats.add_ring_full(frames)
-                    lost[worker.core, ring.interface] = frames
+                    lost[worker.core, ring.interface] = lost.get((worker.core, ring.interface), 0) + frames
         return lost
 
     # --- what outlives this supervisor ------------------------------------------------------------
@@ -654,9 +819,9 @@ class Fleet:
             cores=tuple(worker.core for worker in self.workers),
             workers=tuple(kept_worker(worker.core, worker.pid) for worker in self.workers if worker.pid),
             rings=tuple(
-                KeptRing(ring.number, ring.interface, ring.ifindex, ring.fanout_id)
+                KeptRing(ring.number, ring.interface, ring.ifindex, ring.fanout_id or 0, ring.reader)
                 for ring in self._rings.values()
-                if ring.fanout_id is not None
+                if ring.fanout_id is not None or ring.reader is not None
             ),
             joined=kept_memberships(self._memberships.joined),
             held=kept_memberships(self._memberships.held),
@@ -685,7 +850,7 @@ class Fleet:
         """A predecessor has ended: go on where it left off."""
         worker.predecessor = None
         for ring in self._rings.values():
-            if ring.is_adopted:
+            if ring.is_adopted and worker in self._readers(ring):
                 self._go_on_in(worker, ring)
         if worker.running:
             self._hand_rings(worker)
@@ -753,3 +918,7 @@ class Fleet:
         for sock in self._retired.sockets.values():
             sock.close()
         self._memberships.close()
+
+
+def _protected(plan: Plan) -> list[Rule]:
+    return [planned.rule for planned in plan.rules if planned.rule.secondary is not None]

@@ -53,10 +53,14 @@ def attach_filter(packet_socket: socket.socket, program: Sequence[bpf.Instructio
     packet_socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
 
 
-def open_ring(interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | None) -> tuple[socket.socket, int]:
+def open_ring(
+    interface: str, ring_bytes: int, mode: Fanout | None, fanout_id: int | None
+) -> tuple[socket.socket, int | None]:
     """Open a ring that admits nothing yet; return its socket and the id of its fanout group.
 
-    `fanout_id` None makes a new group. The group always has DEFRAG, so that fragments arrive as one datagram.
+    `fanout_id` None makes a new group. The group always has DEFRAG, so that fragments arrive as one datagram. `mode`
+    None: the ring is in no group. It gets fragments as they are: two groups with DEFRAG would take each other's, as the
+    kernel reassembles a datagram once for all packet sockets of a namespace (ip_check_defrag, net/ipv4/ip_fragment.c).
     Raises PreflightError without privileges, RelayError when the kernel refuses.
     """
     try:
@@ -75,6 +79,8 @@ def open_ring(interface: str, ring_bytes: int, mode: Fanout, fanout_id: int | No
         ring.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
         attach_filter(ring, bpf.REJECT_ALL)
         ring.bind((interface, ETH_P_ALL))
+        if mode is None:
+            return ring, None
         # A fanout group has flags of its own: without this one it would take in what the host sends.
         flags = PACKET_FANOUT_FLAG_DEFRAG | PACKET_FANOUT_FLAG_IGNORE_OUTGOING
         flags |= PACKET_FANOUT_FLAG_UNIQUEID if fanout_id is None else 0

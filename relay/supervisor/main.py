@@ -59,6 +59,7 @@ from relay.supervisor.listener import listening, prepare_place
 from relay.supervisor.logs import LogDrain
 from relay.supervisor.nursery import Nursery
 from relay.supervisor.orphans import LISTENER, claim, end, take_over
+from relay.supervisor.protection_watch import ProtectionWatch
 from relay.supervisor.restart import Restarter
 from relay.supervisor.rulebook import RuleBook
 from relay.supervisor.sampling import Sampler
@@ -225,6 +226,7 @@ class Supervisor:
         self._sampler = Sampler(self._fleet)
         self._stalls = StallWatch(self._fleet, self._log)
         self._guards = GuardWatch(self._fleet, self._log)
+        self._protection = ProtectionWatch(self._fleet, self._log)
         loop, options = (self._log, self._selector, self._timers), self._options
         self._link = ControlPlaneLink(
             *loop, self._listener, self._owner, options.instance, self._greeting, self._obey, trusted_gid
@@ -244,6 +246,7 @@ class Supervisor:
             self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)
         self._timers.after(TICK_S, self._tick)
         self._timers.after(self._stalls.period_s(), self._watch_stalls)
+        self._timers.after(self._protection.period_s(), self._watch_protection)
         if self._options.stats_interval_s:
             self._timers.after(self._options.stats_interval_s, self._report_again)
         self._service.start()
@@ -395,6 +398,10 @@ class Supervisor:
     def _watch_stalls(self) -> None:
         self._stalls.look()
         self._timers.after(self._stalls.period_s(), self._watch_stalls)
+
+    def _watch_protection(self) -> None:
+        self._protection.look()
+        self._timers.after(self._protection.period_s(), self._watch_protection)
 
     def _report_again(self) -> None:
         self._timers.after(self._options.stats_interval_s, self._report_again)

@@ -57,12 +57,20 @@ class KeptWorker(KeptProcess, frozen=True):
 
 
 class KeptRing(msgspec.Struct, frozen=True):
-    """An interface's rings: their number, and the fanout group that they form, a socket for each core."""
+    """An interface's rings: their number, and the fanout group that they form, a socket for each core.
+
+    Or a ring of protected inputs, which the worker of core `reader` alone has, in no group.
+    """
 
     number: int
     interface: str
     ifindex: int
     fanout_id: int
+    reader: int | None = None
+
+    def cores(self, every: Sequence[int]) -> Sequence[int]:
+        """The cores whose workers read it."""
+        return every if self.reader is None else (self.reader,)
 
 
 class KeptMembership(msgspec.Struct, frozen=True):
@@ -232,7 +240,7 @@ class Orphans:
         kept = self.inventory
         if (kept.cores, kept.ring_bytes, kept.fanout) != (tuple(cores), ring_bytes, fanout):
             return False
-        names = {ring_name(ring.number, core) for ring in kept.rings for core in kept.cores}
+        names = {ring_name(ring.number, core) for ring in kept.rings for core in ring.cores(kept.cores)}
         return names <= self.kept.sockets.keys() and set(kept.cores) <= self.kept.stats.keys()
 
     def pids(self) -> set[int]:
@@ -256,8 +264,8 @@ class Orphans:
             self.channel.send(Keep((stats_name(core),)), [stats.fileno()])
 
     def take_ring(self, ring: KeptRing) -> list[socket.socket] | None:
-        """The sockets of an interface's ring in the order of cores, None unless each is what it should be."""
-        names = [ring_name(ring.number, core) for core in self.inventory.cores]
+        """The sockets of an interface's ring in the order of its cores, None unless each is what it should be."""
+        names = [ring_name(ring.number, core) for core in ring.cores(self.inventory.cores)]
         sockets = [self.kept.sockets.get(name) for name in names]
         if not all(sock is not None and _is_ring_on(sock, ring) for sock in sockets):
             return None

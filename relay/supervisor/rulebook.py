@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from relay.messages import ApplyRules, Configure, Restore
-from relay.rules import Rule, check_cycles, describe, validate
+from relay.rules import Rule, check_cycles, check_protected, describe, validate
 from relay.supervisor.state import VERSION, State, StateFile
 from relay.wording import counted
 
@@ -63,6 +63,7 @@ class RuleBook:
         for rule in request.add:
             wanted[rule.rule_id] = validate(rule)
         check_cycles(request.add, wanted, interfaces)
+        check_protected(wanted.values(), interfaces)
         return wanted
 
     def adopt(self, rules: dict[str, Rule], request: ApplyRules) -> None:

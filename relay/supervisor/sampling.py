@@ -19,11 +19,12 @@ from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.plan import PlannedRule
+from relay.supervisor.protection_watch import health_of
 from relay.supervisor.stream_totals import StreamTotals
 from relay.supervisor.streams import streams_by_rule
 from relay.version import VERSION
 
-WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed")
+WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed", "packets_withheld")
 
 
 @dataclass
@@ -137,7 +138,6 @@ class Sampler:
         sample = take_sample(self._fleet)
         streams = streams_by_rule(self._fleet)
         self._stream_totals.look()
-        numbers = {name: number for number, name in self._fleet.interface_names().items()}
         workers = self.workers()
         drops: dict[str, int] = {}
         for worker in workers:
@@ -153,7 +153,7 @@ class Sampler:
             packets_per_second=sum(worker.packets_per_second for worker in workers),
             bits_per_second=sum(worker.bits_per_second for worker in workers),
             drops=drops,
-            rules=[self._rule(sample, planned, streams, numbers) for planned in self._fleet.plan.rules],
+            rules=[self._rule(sample, planned, streams) for planned in self._fleet.plan.rules],
             workers=workers,
             version=VERSION,
         )
@@ -163,7 +163,6 @@ class Sampler:
         sample: Sample,
         planned: PlannedRule,
         streams: Mapping[str, Sequence[StreamHealth]],
-        ring_numbers: Mapping[str, int],
     ) -> RuleStats:
         rule = planned.rule
         slot = self._fleet.rule_slots[rule.rule_id]
@@ -197,8 +196,9 @@ class Sampler:
             slot=slot,
             last_packet_unix_s=unix_s(counters["last_ns"]),
             streams=list(streams.get(rule.rule_id, ())),
-            input_rings=[ring_numbers[name] for name in planned.interfaces if name in ring_numbers],
+            input_rings=list(dict.fromkeys(number for _, number in self._fleet.inputs_of(planned))),
             drops={DropCause.RATE_LIMIT.name.lower(): count(counters["drops_rate_limit"])},
             rtp=totals.rtp(),
             mpeg_ts=totals.mpeg_ts(),
+            protection=health_of(self._fleet, rule),
         )

@@ -54,13 +54,12 @@ class StallWatch:
         if self._generation == self._fleet.generation:
             return
         self._generation = self._fleet.generation
-        numbers = {name: number for number, name in self._fleet.interface_names().items()}
         watched: dict[Input, list[Rule]] = defaultdict(list)
         for planned in self._fleet.plan.rules:
             rule = planned.rule
-            for number in (numbers[name] for name in planned.interfaces if name in numbers):
-                if rule.stall_ms is not None:
-                    watched[halves(rule.input_group), rule.input_port, number].append(rule)
+            if rule.stall_ms is not None and rule.secondary is None:  # silent legs are told by protection_watch.py
+                for leg, number in self._fleet.inputs_of(planned):
+                    watched[halves(leg.group), leg.port, number].append(rule)
         self._watched = dict(watched)
 
     def look(self) -> None:

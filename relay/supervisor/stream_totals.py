@@ -81,13 +81,11 @@ class StreamTotals:
         if self._generation == self._fleet.generation:
             return False
         self._generation = self._fleet.generation
-        numbers = {name: number for number, name in self._fleet.interface_names().items()}
         inputs: dict[Input, list[str]] = defaultdict(list)
         for planned in self._fleet.plan.rules:
-            rule = planned.rule
-            source = None if rule.source is None else halves(rule.source)
-            for number in (numbers[name] for name in planned.interfaces if name in numbers):
-                inputs[halves(rule.input_group), rule.input_port, number, source].append(rule.rule_id)
+            for leg, number in self._fleet.inputs_of(planned):
+                source = None if leg.source is None else halves(leg.source)
+                inputs[halves(leg.group), leg.port, number, source].append(planned.rule.rule_id)
         self._inputs = dict(inputs)
         present = {planned.rule.rule_id for planned in self._fleet.plan.rules}
         self._totals = {rule_id: totals for rule_id, totals in self._totals.items() if rule_id in present}

@@ -4,19 +4,20 @@ from collections import defaultdict
 
 import msgspec
 
+from relay.addresses import endpoint
 from relay.health import StreamHealth, streams
-from relay.rules import Rule, input_name
 from relay.supervisor.fleet import Fleet
 
-Input = tuple[str, str]  # as input_name has it, interface
+Input = tuple[str, str]  # as endpoint() writes it, interface
 
 
-def inputs_of(fleet: Fleet) -> dict[Input, list[Rule]]:
-    """The rules that take in what comes to an input."""
-    found: dict[Input, list[Rule]] = defaultdict(list)
+def inputs_of(fleet: Fleet) -> dict[Input, list[tuple[str, str | None]]]:
+    """The rules that take in what comes to an input, each with the source that it asks for."""
+    found: dict[Input, list[tuple[str, str | None]]] = defaultdict(list)
     for planned in fleet.plan.rules:
-        for interface in planned.interfaces:
-            found[input_name(planned.rule), interface].append(planned.rule)
+        for leg, interfaces in planned.inputs:
+            for interface in interfaces:
+                found[endpoint(leg.group, leg.port), interface].append((planned.rule.rule_id, leg.source))
     return found
 
 
@@ -33,7 +34,7 @@ def streams_by_rule(fleet: Fleet) -> dict[str, list[StreamHealth]]:
             continue
         named = msgspec.structs.replace(stream, interface=interface)
         sender = stream.source.rpartition(":")[0].strip("[]")
-        for rule in rules.get((stream.destination, interface), ()):
-            if rule.source in (None, sender):
-                found[rule.rule_id].append(named)
+        for rule_id, source in rules.get((stream.destination, interface), ()):
+            if source in (None, sender):
+                found[rule_id].append(named)
     return found

@@ -14,8 +14,8 @@ from relay.config import Options
 from relay.configfile import parse
 from relay.differences import FieldChange, RuleChange, Setting, compare, compare_options
 from relay.errors import ConfigError
-from relay.rules import Output, Rule, fingerprint, merge, parse_output
-from relay.saving import replace_file, updated
+from relay.rules import Output, Rule, Secondary, fingerprint, merge, parse_output
+from relay.saving import replace_file, updated, written
 
 
 def rule(rule_id: str, *outputs: str, **fields: Any) -> Rule:
@@ -170,6 +170,34 @@ def test_an_output_that_is_a_table_is_no_range() -> None:
     assert 'rule_id = "a"   # A!' in saved
     assert '    "239.2.2.1:6001:eth1",   # main' in saved
     assert "stall_ms = 500" in saved
+
+
+def test_a_second_input_is_saved_changed_and_removed_in_place() -> None:
+    first, *rest = FILED
+    protected = msgspec.structs.replace(first, secondary=Secondary(input_interface="eth2"), protection="seamless")
+    protected = msgspec.structs.replace(protected, input_interface="eth0")
+    saved = updated(FILE, "f", [protected, *rest])
+    assert 'secondary = {input_interface = "eth2"}' in saved
+    moved = msgspec.structs.replace(protected, secondary=Secondary(input_group="239.1.9.1", input_port=7))
+    again = updated(saved, "f", [moved, *rest])
+    assert 'secondary = {input_group = "239.1.9.1", input_port = 7}' in again
+    assert "input_port = 5001   # by hand" in again
+    (changed,) = compare([protected, *rest], [moved, *rest]).changed
+    (field,) = changed.fields
+    assert (field.running, field.file) == ({"input_interface": "eth2"}, {"input_group": "239.1.9.1", "input_port": 7})
+    assert parse(written(moved), "f")[1] == (moved,)
+    plain = updated(again, "f", [first, *rest])
+    assert "secondary" not in plain
+    assert "protection" not in plain
+
+
+def test_a_second_input_that_is_a_table_of_its_own_is_kept_and_changed() -> None:
+    text = FILE + '[rules.secondary]\ninput_group = "239.1.9.{g4}"   # beside\n'
+    text = text.replace("# the end\n", 'protection = "seamless"\n')
+    rules = parse(text, "f")[1]
+    assert {rule.secondary.input_group for rule in rules if rule.secondary} == {f"239.1.9.{n}" for n in range(4)}
+    assert updated(text, "f", rules) == text
+    assert updated(text, "f", rules[:3]).count("239.1.9.0") == 1
 
 
 def test_a_removed_rule_goes_with_its_comment_and_no_other() -> None:

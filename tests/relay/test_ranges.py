@@ -15,13 +15,14 @@ from relay.ranges import (
     RULES_OF_A_RANGE_MAX,
     ConfiguredOutput,
     ConfiguredRule,
+    ConfiguredSecondary,
     Groups,
     Span,
     expand,
     parse_groups,
     parse_ports,
 )
-from relay.rules import Address, Output, Rule, output_name, parse_output, validate
+from relay.rules import Address, Output, Rule, Secondary, output_name, parse_output, validate
 
 
 def entry(**changes: Any) -> ConfiguredRule:
@@ -222,3 +223,34 @@ def test_a_file_of_more_rules_than_a_relay_holds_is_refused_before_they_are_made
     text = "".join(RANGE.format(f"r{i}", f"239.{i}.0.0/19", "") for i in range(100))
     (finding,) = examine(text, "f").findings
     assert "f:13: rules[2]: more than 16384 rules" in str(finding)
+
+
+def test_a_second_input_follows_the_ranges_of_the_first() -> None:
+    def seconds(**secondary: Any) -> list[Any]:
+        made = rules(secondary=ConfiguredSecondary(**secondary), protection="seamless")
+        return [rule.secondary for rule in made]
+
+    assert seconds(input_port=7) == [Secondary(input_port=7)] * 8
+    assert seconds(input_group="239.1.9.0/30", input_port="{port+10}")[2:4] == [
+        Secondary(input_group="239.1.9.1", input_port=5010),
+        Secondary(input_group="239.1.9.1", input_port=5011),
+    ]
+    assert seconds(input_group="239.9.{g3}.{g4}", source="10.0.0.1")[-1] == Secondary(
+        input_group="239.9.1.3", source="10.0.0.1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("secondary", "reason"),
+    [
+        ({"input_group": "239.1.9.0/29"}, "secondary input group 239.1.9.0/29 has 8 addresses, the input 4"),
+        ({"input_port": "{nonsense}"}, "no field {nonsense}"),
+        ({"input_port": "{port+60535}"}, "secondary input port 65536"),
+        ({}, "the secondary input is the primary"),
+    ],
+)
+def test_a_second_input_that_makes_no_sense_is_told_once(secondary: dict[str, Any], reason: str) -> None:
+    made, wrong = expand(entry(secondary=ConfiguredSecondary(**secondary), protection="seamless"))
+    assert made == ()
+    ((_, told),) = wrong
+    assert reason in told

@@ -1,5 +1,7 @@
 """Rules as values: what is refused and why, names, merging, cycles."""
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -11,16 +13,22 @@ from relay.rules import (
     OUTPUTS_MAX,
     RULES_MAX,
     WARNINGS_MAX,
+    Leg,
     Output,
     Rule,
+    Secondary,
     chain_warnings,
     check_cycles,
+    check_protected,
     check_room,
     content_id,
+    describe,
+    legs,
     merge,
     named,
     parse_output,
     parse_ttl,
+    split_secondary,
     validate,
 )
 
@@ -136,6 +144,21 @@ def test_an_ipv6_address_has_one_form_however_it_is_written() -> None:
     )
     assert named(odd) == named(plain)
     assert validate(msgspec.structs.replace(odd, rule_id="r")) == msgspec.structs.replace(plain, rule_id="r")
+
+
+def test_a_second_leg_has_that_form_too_and_its_source_is_of_its_family() -> None:
+    fields: dict[str, Any] = {"rule_id": "r", "input_group": "239.1.1.1", "input_port": 1, "protection": "seamless"}
+    fields["outputs"] = (Output("239.2.2.2", 1, "lo"),)
+    second = Secondary(input_group="FF3E:0::1", source="2001:DB8::7")
+    checked = validate(Rule(**fields, secondary=second))
+    assert checked.secondary == Secondary(input_group="ff3e::1", source="2001:db8::7")
+    for secondary, source in ((Secondary(input_group="ff3e::1"), "10.0.0.7"), (second, None)):
+        if source is None:
+            with pytest.raises(RuleError, match=r"output 239\.2\.2\.2:1:lo is not IPv6 as the input \[ff3e::1\]:1 is"):
+                validate(Rule(**fields, secondary=secondary, preserve_source=True))
+        else:
+            with pytest.raises(RuleError, match=r"source 10\.0\.0\.7 never sends to ff3e::1: give an IPv6 address"):
+                validate(Rule(**fields, secondary=secondary, source=source))
 
 
 def test_names_of_rules_without_one_are_what_they_have_been() -> None:
@@ -260,3 +283,101 @@ def test_cycles_are_found_as_the_obvious_way_finds_them(edges: list[tuple[int, i
     except RuleError:
         found = True
     assert found is slow_cycle(rules, rules, ["a"])
+
+
+def protected(rule_id: str, at: str, *outputs: str, interface: str | None = None, **secondary: object) -> Rule:
+    """A seamless rule of two inputs."""
+    plain = rule(rule_id, at, *(outputs or ("239.2.2.2:1:b",)), interface=interface)
+    second = msgspec.convert(secondary, Secondary)
+    return msgspec.structs.replace(plain, secondary=second, protection="seamless")
+
+
+@pytest.mark.parametrize(
+    ("secondary", "leg"),
+    [
+        ({"input_group": "239.1.2.1"}, Leg("239.1.2.1", 5001, "a", None)),
+        ({"input_port": 5002}, Leg("239.1.1.1", 5002, "a", None)),
+        ({"input_interface": "b"}, Leg("239.1.1.1", 5001, "b", None)),
+        ({"input_interface": "b", "source": "10.0.0.1"}, Leg("239.1.1.1", 5001, "b", "10.0.0.1")),
+    ],
+)
+def test_a_second_leg_is_as_the_first_but_for_what_it_says(secondary: dict[str, object], leg: Leg) -> None:
+    checked = validate(protected("tv", "239.1.1.1:5001", interface="a", **secondary))
+    assert legs(checked) == (Leg("239.1.1.1", 5001, "a", None), leg)
+    assert str(leg) in describe(checked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"secondary": None}, "protection seamless needs a secondary input"),
+        ({"protection": None}, "a secondary input needs protection: seamless for RTP, failover"),
+        ({"protection": "failover"}, "failover needs stall_ms"),
+        ({"secondary": Secondary()}, "the secondary input is the primary"),
+        ({"secondary": Secondary(input_interface="b")}, "may be of both inputs, .*: name an interface or a source"),
+        ({"secondary": Secondary(source="10.0.0.1")}, "may be of both inputs"),
+        ({"secondary": Secondary(input_group="nonsense")}, "secondary input group 'nonsense' is not an IPv4 address"),
+        ({"secondary": Secondary(input_port=0)}, "secondary input port 0"),
+        ({"secondary": Secondary(input_group="239.1.2.1", input_interface="a/b")}, "secondary input interface 'a/b'"),
+        ({"secondary": Secondary(input_group="239.1.2.1", source="239.1.1.1")}, "source 239.1.1.1 is a multicast"),
+    ],
+)
+def test_protection_that_makes_no_sense_is_refused_with_the_remedy(changes: dict[str, object], reason: str) -> None:
+    sound = protected("tv", "239.1.1.1:5001", input_group="239.1.2.1")
+    with pytest.raises(RuleError, match=reason):
+        validate(msgspec.structs.replace(sound, **changes))
+
+
+def test_legs_of_one_group_are_told_apart_by_interfaces_or_sources() -> None:
+    validate(protected("tv", "239.1.1.1:5001", interface="a", input_interface="b"))
+    by_source = protected("tv", "239.1.1.1:5001", source="10.0.0.2")
+    validate(msgspec.structs.replace(by_source, source="10.0.0.1"))
+
+
+def test_two_protected_rules_that_share_an_input_are_refused_and_an_unprotected_one_is_not() -> None:
+    tv = protected("tv", "239.1.1.1:5001", input_group="239.1.2.1")
+    check_protected([tv, rule("other", "239.1.1.1:5001", "239.2.2.2:1:b")], ["a", "b"])
+    radio = protected("radio", "239.1.3.1:5001", input_group="239.1.2.1", input_interface="b")
+    with pytest.raises(RuleError, match=r"rules tv and radio both protect 239\.1\.2\.1:5001 on b"):
+        check_protected([tv, radio], ["a", "b"])
+    check_protected([tv, radio], ["a"])  # where the other does not listen
+    first, second = (msgspec.structs.replace(each, source=f"10.0.0.{i}") for i, each in enumerate((tv, radio), 1))
+    check_protected([first, second], ["a", "b"])
+
+
+def test_a_loop_through_a_second_leg_is_refused() -> None:
+    tv = protected("tv", "239.1.1.1:5001", "239.1.2.1:5001:b", interface="a", input_group="239.1.2.1")
+    check_cycles([tv], by_id(tv), ["a", "b"])
+    looped = protected("tv", "239.1.1.1:5001", "239.1.2.1:5001:a", interface="a", input_group="239.1.2.1")
+    with pytest.raises(RuleError, match="a loop"):
+        check_cycles([looped], by_id(looped), ["a", "b"])
+    feeder = rule("feeder", "239.9.9.9:1", "239.1.2.1:5001:a")
+    assert "rule feeder sends what rule tv listens to" in chain_warnings([tv], by_id(tv, feeder), ["a"])[0]
+
+
+def test_names_of_rules_are_what_they_were_before_there_was_protection() -> None:
+    assert content_id(rule("", "239.1.1.1:5001", "239.2.2.2:1:b")) == "r-85b8cd863114"
+    assert content_id(protected("", "239.1.1.1:5001", input_port=7)) != content_id(
+        rule("", "239.1.1.1:5001", "239.2.2.2:1:b")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("239.1.2.1:5001", ("239.1.2.1", "5001", None)),
+        ("239.1.2.1:5001:eth1", ("239.1.2.1", "5001", "eth1")),
+        ("239.1.2.1", ("239.1.2.1", None, None)),
+        (":5002", (None, "5002", None)),
+        ("::eth1", (None, None, "eth1")),
+        ("[ff3e::1]:5001:eth1", ("ff3e::1", "5001", "eth1")),
+    ],
+)
+def test_a_second_input_is_read_from_text(text: str, parts: tuple[str | None, ...]) -> None:
+    assert split_secondary(text) == parts
+
+
+@pytest.mark.parametrize("text", ["", "::", "239.1.2.1:5001:eth1:9"])
+def test_a_second_input_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(RuleError, match="GROUP:PORT"):
+        split_secondary(text)

@@ -330,7 +330,8 @@ def test_answers_of_every_command_are_as_their_schema_says(relay: Relay, tmp_pat
     file = tmp_path / "relay.toml"
     file.write_text('idle = "spin"\n' + RULE.format("tv", "239.2.2.9") + RULE.format("new", "239.2.2.1"))
     rule = ("--input-group", "239.1.1.1", "--input-port", "5001", "--output")
-    ask(relay, "add-rule", "--rule-id", "gone", *rule, "239.2.2.3:6001:right:decrement")
+    protected = ("--secondary", "239.1.1.2:5001", "--protection", "seamless")
+    ask(relay, "add-rule", "--rule-id", "gone", *protected, *rule, "239.2.2.3:6001:right:decrement")
     commands = {
         "add-rule": ("--rule-id", "tv", *rule, "239.2.2.2:6001:right", "--dscp", "34"),
         "list-rules": (),

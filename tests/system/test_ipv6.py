@@ -217,7 +217,7 @@ def test_preserve_source_keeps_the_senders_address(line6: Line, relay: Relay, ou
 def test_preserve_source_with_an_output_of_the_other_family_is_refused(relay: Relay) -> None:
     arguments = ("--input-group", SSM, "--input-port", "5001", "--preserve-source", "--output", OUT4)
     refused = relay.control("add-rule", *arguments)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "is not IPv6 as the input [ff3e::8000:1]:5001 is" in refused.stderr
 
 
@@ -300,6 +300,23 @@ def test_what_the_relay_sent_itself_is_not_taken_in_again(line6: Line, relay: Re
     wait_until(lambda: relay.stats()["drops"]["own_egress"] == before + 3, "own egress is recognised")
     stats = relay.assert_accounted()
     assert [rule["packets_matched"] for rule in stats["rules"]] == [3, 0]
+
+
+def test_two_legs_of_either_family_become_one_stream(line6: Line, relay: Relay) -> None:
+    gen, _, sink = line6.hosts
+    protected = ("--secondary", place(IPV4), "--protection", "seamless")
+    relay.add("six", place(SSM), OUT6, options=(*protected, "--input-interface", "left"))
+    packets = [struct.pack(">BBHII", 0x80, 33, number, number * 90, 7) + bytes(100) for number in range(20)]
+    with talker(gen) as six, talker(gen, socket.AF_INET) as four, listener(sink, OUT6) as sock:
+        for number, packet in enumerate(packets):
+            for out, group, loses in ((six, SSM, 3), (four, IPV4, 7)):
+                if number % 10 != loses:
+                    out.sendto(packet, (group, PORT))
+        assert [receive(sock)[0] for _ in packets] == packets
+        told = relay.stats()
+    (rule,) = told["rules"]
+    assert (rule["packets_matched"], rule["protection"]["withheld"]) == (20, 16)
+    assert place(IPV4) in relay.control("list-rules").stdout
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from relay.cli.checks.causes import ERRNO_PREFIX, meaning_of
 from relay.cli.checks.network import SHOWN_MAX, shown
 from relay.cli.checks.registry import Found, check
 from relay.cli.checks.situation import Situation
+from relay.protection import LEG_NAMES
 from relay.wording import counted
 
 RING_FILL_PERCENT_MAX = 80
@@ -47,6 +48,28 @@ def rules(situation: Situation) -> Iterator[Found]:
         yield Found("problem", f"{which} {shown(rule_ids)} {state}", "mcrctl list-rules", remedy)
     if not waiting and situation.relay.states:
         yield Found("ok", f"{counted(len(situation.relay.states), 'rule')} active", "mcrctl list-rules")
+
+
+@check(why="a rule with one leg silent is relayed, and unprotected: the next fault is a loss")
+def protection(situation: Situation) -> Iterator[Found]:
+    """Legs of protected rules by which nothing comes, and rules that have gone over to the secondary one."""
+    if situation.relay is None:
+        return
+    read = "mcrctl get-stats"
+    told = {rule["rule_id"]: rule["protection"] for rule in situation.relay.stats["rules"] if rule.get("protection")}
+    lacking: dict[str, list[str]] = {}
+    for rule_id, state in told.items():
+        for name, leg in zip(LEG_NAMES, state["legs"], strict=False):
+            if not leg["delivers"]:
+                lacking.setdefault(f"nothing comes by the {name} leg", []).append(f"{rule_id} ({leg['input']})")
+    for text, rules_of in lacking.items():
+        remedy = "mcrctl explain SOURCE GROUP:PORT --interface INTERFACE, for the leg that is silent"
+        yield Found("warning", f"{text} of {shown(rules_of)}", read, remedy)
+    away = [rule_id for rule_id, state in told.items() if state["active"] == LEG_NAMES[1]]
+    if away:
+        yield Found("warning", f"{shown(away)} went over to the secondary leg", read, "see to the primary's sender")
+    if told and not lacking and not away:
+        yield Found("ok", f"both legs of {len(told)} protected rules deliver", read)
 
 
 @check(why="a worker that does not run relays nothing; one that is excluded leaves its share to the others")

@@ -7,7 +7,7 @@ Each step says whether the datagram passes it, and why. The plan (relay/supervis
 """
 
 from relay.cli.explaining.facts import Datagram, Explanation, Facts, Step
-from relay.cli.explaining.rules import matching, no_rule
+from relay.cli.explaining.rules import matching, no_rule, taking
 from relay.cli.explaining.way_in import interface, join, own_egress, packet_filter, worker
 from relay.cli.explaining.way_out import followed
 
@@ -22,7 +22,7 @@ def explain(facts: Facts, datagram: Datagram) -> Explanation:
     steps += [join(facts, datagram), admitted, worker(facts)]
     if found:
         for planned in found:
-            steps += followed(facts, planned, datagram.ttl)
+            steps += followed(facts, planned, datagram.ttl, taking(planned, datagram))
     else:
         steps.append(no_rule(facts, datagram, admitted.verdict == "pass"))
     stops = [step for step in steps if step.verdict == "stop"]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from relay.cli.explaining.facts import Datagram, Facts, Step
+from relay.rules import Leg
 from relay.supervisor.plan import PlannedRule
 
 DIFFERENCES_SHOWN_MAX = 2  # a rule that differs in more is no near one
@@ -13,18 +14,27 @@ def matching(rules: Sequence[PlannedRule], datagram: Datagram) -> list[PlannedRu
     return [planned for planned in rules if not differences(planned, datagram)]
 
 
+def taking(planned: PlannedRule, datagram: Datagram) -> int:
+    """Which leg of a rule that takes this datagram it comes by: 0 for the primary."""
+    takes = [not _of_leg(leg, interfaces, datagram) for leg, interfaces in planned.inputs]
+    return takes.index(True)
+
+
 def differences(planned: PlannedRule, datagram: Datagram) -> list[str]:
-    """In which fields a rule asks for something else."""
-    rule = planned.rule
+    """In which fields a rule asks for something else, or that leg of it which asks for the nearest."""
+    return min((_of_leg(leg, interfaces, datagram) for leg, interfaces in planned.inputs), key=len)
+
+
+def _of_leg(leg: Leg, interfaces: Sequence[str], datagram: Datagram) -> list[str]:
     different = []
-    if rule.input_group != datagram.group:
-        different.append(f"group: it takes {rule.input_group}")
-    if rule.input_port != datagram.port:
-        different.append(f"port: it takes {rule.input_port}")
-    if rule.source not in (None, datagram.source):
-        different.append(f"source: it takes only {rule.source}")
-    if datagram.interface not in planned.interfaces:
-        different.append(f"interface: it takes from {rule.input_interface or ', '.join(planned.interfaces) or 'none'}")
+    if leg.group != datagram.group:
+        different.append(f"group: it takes {leg.group}")
+    if leg.port != datagram.port:
+        different.append(f"port: it takes {leg.port}")
+    if leg.source not in (None, datagram.source):
+        different.append(f"source: it takes only {leg.source}")
+    if datagram.interface not in interfaces:
+        different.append(f"interface: it takes from {leg.interface or ', '.join(interfaces) or 'none'}")
     return different
 
 

@@ -4,21 +4,38 @@ from collections.abc import Iterator
 
 from relay.addresses import endpoint, is_ipv6, is_multicast
 from relay.cli.explaining.facts import Facts, Step
-from relay.rules import Rule, input_name, limits_of, output_name
+from relay.protection import LEG_NAMES
+from relay.rules import Rule, legs, limits_of, output_name
 from relay.supervisor.egress import TTL_MULTICAST_DEFAULT
 from relay.supervisor.plan import PlannedOutput, PlannedRule
 
 
-def followed(facts: Facts, planned: PlannedRule, ttl: int | None) -> Iterator[Step]:
-    """A rule that takes the datagram, its outputs, and what it has counted."""
-    rule = planned.rule
-    source = f" from {rule.source}" if rule.source else ""
-    yield Step("rule", "pass", f"rule {rule.rule_id} takes {input_name(rule)}{source}")
+def followed(facts: Facts, planned: PlannedRule, ttl: int | None, leg: int = 0) -> Iterator[Step]:
+    """A rule that takes the datagram by its first or second leg, its outputs, and what it has counted."""
+    rule, taken = planned.rule, legs(planned.rule)[leg]
+    source = f" from {taken.source}" if taken.source else ""
+    yield Step("rule", "pass", f"rule {rule.rule_id} takes {endpoint(taken.group, taken.port)}{source}")
+    if rule.protection is not None:
+        yield _protection(facts, rule, leg)
     if limits_of(rule):
         yield Step("limit", "pass", f"rule {rule.rule_id} lets {limits_of(rule)} pass, more is dropped as rate_limit")
     for output in planned.outputs:
         yield _output(facts, rule, output, ttl)
     yield _counters(facts, rule)
+
+
+def _protection(facts: Facts, rule: Rule, leg: int) -> Step:
+    """What becomes of it beside what comes by the other leg."""
+    other = f"{LEG_NAMES[1 - leg]} leg, {legs(rule)[1 - leg]}"
+    told = (facts.rule_stats.get(rule.rule_id) or {}).get("protection")
+    if rule.protection == "seamless":
+        reason = f"it comes by the {LEG_NAMES[leg]} leg: the first copy of each RTP sequence number leaves, so it is "
+        return Step("protection", "note", f"{reason}withheld if it has come by the {other}, before")
+    active = told["active"] if told else LEG_NAMES[0]
+    reason = f"it comes by the {LEG_NAMES[leg]} leg, and the {active} one is relayed now"
+    if active == LEG_NAMES[leg]:
+        return Step("protection", "pass", reason)
+    return Step("protection", "note", f"{reason}: it is withheld as long as datagrams come by the {other}")
 
 
 def _counters(facts: Facts, rule: Rule) -> Step:

@@ -65,6 +65,13 @@ def running(
     return Running(7, None, is_private, "0.1.0", ("left",), rules, {r.rule_id: state for r in rules}, stats)
 
 
+def protected(delivers: tuple[bool, bool] = (True, True), active: str | None = None) -> Running:
+    there = running()
+    legs = [{"input": name, "delivers": each} for name, each in zip("ab", delivers, strict=True)]
+    there.stats["rules"] = [{"rule_id": "tv", "protection": {"legs": legs, "active": active}}, {"rule_id": "plain"}]
+    return there
+
+
 def situation(root: Path, files: dict[str, str], **facts: Any) -> Situation:
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -339,6 +346,11 @@ CASES: dict[str, list[Case]] = {
     "rules": [
         ({}, {"relay": running(state="waiting: interface left is down")}, "problem", "rule r1 waiting: interface left"),
         ({}, {"relay": running()}, "ok", "1 rule active"),
+    ],
+    "protection": [
+        ({}, {"relay": protected(delivers=(True, False))}, "warning", "nothing comes by the secondary leg of tv (b)"),
+        ({}, {"relay": protected(active="secondary")}, "warning", "tv went over to the secondary leg"),
+        ({}, {"relay": protected()}, "ok", "both legs of 1 protected rules deliver"),
     ],
     "workers": [
         ({}, {"relay": running(is_excluded=True)}, "problem", "others have its traffic"),

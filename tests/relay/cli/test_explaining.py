@@ -21,7 +21,7 @@ from relay.cli.host import IFF_LOOPBACK, IFF_UP, UdpSocket
 from relay.dataplane.match import NO_ENTRY, is_own_source, match
 from relay.dataplane.table import OwnSource, TableRule, compile_table, view_table
 from relay.errors import UsageError
-from relay.rules import Output, Rule
+from relay.rules import Output, Protection, Rule, Secondary
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import Plan, make_plan
 from tests.relay.dataplane.bare import addressed
@@ -287,3 +287,31 @@ def test_a_source_that_the_kernel_does_not_show_is_no_refusal() -> None:
     for text, verdict in ((header, "note"), (header + row.format(7), "pass"), (header + row.format(8), "stop")):
         shown = dataclasses.replace(facts, source_filters=host.source_filters(text))
         assert join(shown, Datagram("fd00::7", None, "ff3e::1", 5001, "lo")).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("group", "protection", "verdict", "words"),
+    [
+        ("239.1.1.1", "seamless", "note", "by the primary leg: the first copy of each RTP sequence number leaves"),
+        ("239.1.1.2", "seamless", "note", "withheld if it has come by the primary leg, 239.1.1.1:5000, before"),
+        ("239.1.1.1", "failover", "pass", "by the primary leg, and the primary one is relayed now"),
+        ("239.1.1.2", "failover", "note", "withheld as long as datagrams come by the primary leg, 239.1.1.1:5000"),
+    ],
+)
+def test_a_datagram_of_either_leg_is_taken_and_what_becomes_of_it_is_said(
+    group: str, protection: Protection, verdict: str, words: str
+) -> None:
+    tv = Rule(
+        rule_id="tv",
+        input_group="239.1.1.1",
+        input_port=5000,
+        outputs=(Output("239.9.9.9", 6000, "b"),),
+        secondary=Secondary(input_group="239.1.1.2"),
+        protection=protection,
+        stall_ms=100,
+    )
+    found = explain(facts_of([tv], []), Datagram("10.0.0.7", None, group, 5000, "lo"))
+    steps = {step.step: step for step in found.steps}
+    assert steps["rule"].reason == f"rule tv takes {group}:5000"
+    assert steps["protection"].verdict == verdict
+    assert words in steps["protection"].reason

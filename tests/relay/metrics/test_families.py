@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from relay.health import MpegTsTotals, RtpHealth, RtpTotals, StreamHealth
 from relay.messages import LATENCY_BOUNDS_NS, Latency, OutputStats, RuleStats, Stats, WorkerStats
 from relay.metrics.families import FAMILIES, Family, limited
+from relay.protection import LegHealth, ProtectionHealth
 
 
 def output(name: str, packets: int = 1) -> OutputStats:
@@ -49,6 +50,10 @@ def stream(source: str, silent_ms: float = 1.0, jitter_us: float | None = None, 
     )
 
 
+def leg(delivers: bool = True, missing: int | None = None) -> LegHealth:
+    return LegHealth("239.1.1.1:5001", delivers, 1.0, packets=20, firsts=8, missing=missing)
+
+
 AT_MOST = [10 * i for i in range(len(LATENCY_BOUNDS_NS))]
 
 LATENCY = Latency(1000, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, sum_us=2_500_000.0, at_most=AT_MOST)
@@ -70,6 +75,8 @@ STATS = Stats(
     [
         rule("tv", output("239.2.2.2:6001:lo"), drops={"rate_limit": 6}, **OF_STREAMS),
         rule("radio", state="waiting: no interface", last_s=None),
+        rule("both", protection=ProtectionHealth("seamless", None, 0, 14, 0, [leg(missing=3), leg(delivers=False)])),
+        rule("either", protection=ProtectionHealth("failover", "secondary", 1, 5, 0, [leg(), leg()])),
     ],
     [WORKER],
 )
@@ -125,7 +132,7 @@ def test_errors_have_their_names_and_are_counted_beside_the_causes() -> None:
 
 def test_a_rule_that_waits_says_so_and_has_no_time_before_its_first_datagram() -> None:
     assert (value("mcr_rule_active", rule="tv"), value("mcr_rule_active", rule="radio")) == (1, 0)
-    assert (value("mcr_rules", state="active"), value("mcr_rules", state="waiting")) == (1, 1)
+    assert (value("mcr_rules", state="active"), value("mcr_rules", state="waiting")) == (3, 1)
     assert value("mcr_rule_last_packet_timestamp_seconds", rule="radio") is None
 
 
@@ -142,7 +149,7 @@ def test_every_metric_has_a_meaning_and_only_these_labels() -> None:
     """No address of a sender is a label: anybody can send, and each would be a series."""
     for family in FAMILIES:
         assert family.help.endswith(".")
-        assert set(family.labels) <= {"core", "cause", "errno", "interface", "rule", "output", "state"}
+        assert set(family.labels) <= {"core", "cause", "errno", "interface", "rule", "leg", "output", "state"}
     names = [name for family in FAMILIES for name in family.exposed()]
     assert len(names) == len(set(names))
 
@@ -163,6 +170,17 @@ def test_faults_of_streams_are_those_of_the_rule() -> None:
     for name in ("rtp_lost_packets_total", "ts_continuity_errors_total", "rtp_jitter_seconds"):
         assert value(f"mcr_rule_{name}", rule="radio") is None, "nothing was looked into"
     assert (value("mcr_rule_streams", rule="tv"), value("mcr_rule_streams", rule="radio")) == (2, 0)
+
+
+def test_legs_of_protected_rules_are_told_and_of_others_there_are_none() -> None:
+    legs = [value("mcr_rule_leg_delivers", rule="both", leg=name) for name in ("primary", "secondary")]
+    assert legs == [1, 0]
+    assert value("mcr_rule_leg_packets_total", rule="either", leg="secondary") == 20
+    assert value("mcr_rule_leg_first_packets_total", rule="both", leg="primary") == 8
+    assert value("mcr_rule_leg_missing_packets", rule="both", leg="primary") == 3
+    assert value("mcr_rule_leg_missing_packets", rule="either", leg="primary") is None
+    assert [value("mcr_rule_on_secondary", rule=name) for name in ("both", "either", "tv")] == [None, 1, None]
+    assert [value("mcr_rule_withheld_packets_total", rule=name) for name in ("both", "either", "tv")] == [14, 5, None]
 
 
 def test_sources_that_have_ended_are_none_and_one_of_two_workers_is_one() -> None:
