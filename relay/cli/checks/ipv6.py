@@ -14,9 +14,9 @@ MLD_V2 = 2  # the first that asks for sources, RFC 3810
 
 
 def taken_from(situation: Situation) -> list[str]:
-    """The interfaces on which rules take in IPv6."""
-    rules = (planned for planned in situation.plan.rules if is_ipv6(planned.rule.input_group))
-    return list(dict.fromkeys(name for planned in rules for name in planned.interfaces))
+    """The interfaces on which rules take in IPv6, by either leg."""
+    inputs = (each for planned in situation.plan.rules for each in planned.inputs)
+    return list(dict.fromkeys(name for leg, names in inputs if is_ipv6(leg.group) for name in names))
 
 
 def sent_to(situation: Situation) -> list[str]:
