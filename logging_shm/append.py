@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from logging_shm.atomics import int64, load_u8, store_i64, store_u8
+from logging_shm.atomics import int64, load_i64, load_u8, load_u16, load_u32, store_i64, store_u8
 from logging_shm.jit import compiled
 from logging_shm.render import UNICODE_SHOWN, is_shown
 
@@ -44,6 +44,7 @@ MICROSECONDS = constant(" µs")
 MILLISECONDS = constant(" ms")
 SECONDS = constant(" s")
 NAN = constant("nan")
+MAPPED_WORD = 0xFFFF_0000  # of ::ffff:0:0/96, as it is loaded
 
 
 @cache
@@ -186,6 +187,55 @@ def put_address(at: int, value: int) -> int:
         if shift:
             store_u8(at, 46)
             at += 1
+    return at
+
+
+@compiled
+def put_endpoint(at: int, address: int) -> int:
+    """Append an address, 16 bytes in network order at `address`, and the port behind it; IPv6 as RFC 5952 says."""
+    port = int64(load_u16(address + 16))
+    if load_i64(address) == 0 and load_u32(address + 8) == MAPPED_WORD:
+        for i in range(12, 16):
+            at = put_number(at, load_u8(address + i))
+            store_u8(at, 46 if i < 15 else 58)
+            at += 1
+        return put_number(at, port)
+    store_u8(at, 91)
+    at = put_groups(at + 1, address)
+    store_u8(at, 93)
+    store_u8(at + 1, 58)
+    return put_number(at + 2, port)
+
+
+@compiled
+def group_of(address: int, index: int) -> int:
+    """One of the eight groups of an IPv6 address."""
+    return int64(load_u8(address + 2 * index)) << 8 | int64(load_u8(address + 2 * index + 1))
+
+
+@compiled
+def put_groups(at: int, address: int) -> int:
+    """Append an IPv6 address, the first of its longest runs of at least two zero groups as `::`."""
+    longest, begin, run = 1, 8, 0
+    for i in range(8):
+        run = run + 1 if group_of(address, i) == 0 else 0
+        if run > longest:
+            longest, begin = run, i + 1 - run
+    i = 0
+    while i < 8:
+        if i == begin:
+            store_u8(at, 58)
+            store_u8(at + 1, 58)
+            at += 2
+            i += longest
+            continue
+        if i and i != begin + longest:
+            store_u8(at, 58)
+            at += 1
+        group = group_of(address, i)
+        digits = 4 if group > 0xFFF else 3 if group > 0xFF else 2 if group > 0xF else 1
+        at = put_hex(at, group, digits)
+        i += 1
     return at
 
 

@@ -19,6 +19,7 @@ from logging_shm.append import (
     put,
     put_address,
     put_duration,
+    put_endpoint,
     put_field,
     put_hex,
     put_number,
@@ -41,7 +42,7 @@ from logging_shm.layout import (
     Field,
     Layout,
 )
-from logging_shm.render import KINDS, steps
+from logging_shm.render import ENDPOINT, ENDPOINT_ARGUMENTS, KINDS, steps
 
 # Room that a line may need, and copies of whole words behind it. The longest is a JSON message of format "{a}{a}…",
 # 42 times a value of 20 bytes that are escaped to five each, with two such pairs and what frames it: 4653.
@@ -54,8 +55,10 @@ STEP_KIND, STEP_ARGUMENT, STEP_LENGTH = STEP["kind"], STEP["argument"], STEP["le
 STEP_BYTES = STEP.bytes
 NEEDS_QUOTING = b'"\\]'
 
-STEP_KINDS = ("end", "plain", "literal", "pair", *KINDS)
-END, PLAIN_LITERAL, LITERAL, PAIR_VALUE, DECIMAL, REAL, ADDRESS, PORT, DURATION, HEX = range(len(STEP_KINDS))
+STEP_KINDS = ("end", "plain", "literal", "pair", *KINDS, ENDPOINT)
+END, PLAIN_LITERAL, LITERAL, PAIR_VALUE, DECIMAL, REAL, ADDRESS, PORT, DURATION, HEX, ADDRESS_AND_PORT = range(
+    len(STEP_KINDS)
+)
 
 FORMAT = RECORD["format"]
 SEVERITY = RECORD["severity"]
@@ -234,6 +237,9 @@ def put_message(at: int, batch: Any, index: int, quoting: int) -> int:
             pair = find_pair(record, literals + argument, load_u16(step + STEP_LENGTH))
             if pair:
                 at = put_value(at, pair, quoting, batch.printable)
+        elif kind == ADDRESS_AND_PORT:
+            if argument + ENDPOINT_ARGUMENTS <= count:
+                at = put_endpoint(at, record + MESSAGE + 8 * argument)
         elif argument < count:
             at = put_argument(at, kind, record + MESSAGE + 8 * argument)
         step += STEP_BYTES

@@ -2,10 +2,12 @@
 
     "First packet from {0:ip}:{1:port} of {rule}"
 
-A placeholder takes an argument by its number and kind, or a pair's value by its key. lines.py does the same in
-compiled code, from `steps`; tests hold the two against each other.
+A placeholder takes an argument by its number and kind, or a pair's value by its key. `{0:endpoint}` takes three: both
+halves of an IPv6 address in memory order, IPv4 in its mapped form (RFC 4291, 2.5.5.2), and a port. lines.py does the
+same in compiled code, from `steps`; tests hold the two against each other.
 """
 
+import ipaddress
 import re
 import socket
 import struct
@@ -41,6 +43,13 @@ def real(value: int) -> str:
     return f"{struct.unpack('<d', struct.pack('<q', value))[0]:g}"
 
 
+def endpoint(first: int, second: int, port: int) -> str:
+    """`10.0.0.7:5001` or `[2001:db8::7]:5001` (RFC 5952)."""
+    address = ipaddress.IPv6Address(struct.pack("<qq", first, second))
+    host = address.ipv4_mapped or f"[{address}]"
+    return f"{host}:{port & 0xFFFF}"
+
+
 KINDS: Mapping[str, Callable[[int], str]] = {
     "d": str,
     "g": real,
@@ -49,7 +58,9 @@ KINDS: Mapping[str, Callable[[int], str]] = {
     "dur": duration,
     "hex": lambda value: hex(value & 0xFFFF_FFFF_FFFF_FFFF),
 }
-PLACEHOLDER = re.compile(rf"\{{(\d):({'|'.join(KINDS)})\}}|\{{(\w+)\}}")
+ENDPOINT = "endpoint"
+ENDPOINT_ARGUMENTS = 3
+PLACEHOLDER = re.compile(rf"\{{(\d):({'|'.join((*KINDS, ENDPOINT))})\}}|\{{(\w+)\}}")
 
 
 def render(template: str | None, number: int, arguments: Sequence[int], pairs: Mapping[str, str]) -> str:
@@ -61,7 +72,10 @@ def render(template: str | None, number: int, arguments: Sequence[int], pairs: M
         index, kind, key = placeholder.groups()
         if key is not None:
             return pairs.get(printable(key.encode()), "")
-        return KINDS[kind](arguments[int(index)]) if int(index) < len(arguments) else ""
+        taken = arguments[int(index) :]
+        if kind == ENDPOINT:
+            return endpoint(*taken[:ENDPOINT_ARGUMENTS]) if len(taken) >= ENDPOINT_ARGUMENTS else ""
+        return KINDS[kind](taken[0]) if taken else ""
 
     return printable(PLACEHOLDER.sub(fill, template).encode())
 

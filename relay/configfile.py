@@ -16,7 +16,17 @@ from relay.config import CHECKS, HINTS, Configuration, Options
 from relay.conversion import faults
 from relay.errors import ConfigError, RuleError
 from relay.ranges import ConfiguredRule, expand, overlaps
-from relay.rules import RULES_MAX, KeyPath, Rule, check_cycles, check_protected, check_room, find_cycle, group_by_input
+from relay.rules import (
+    RULES_MAX,
+    KeyPath,
+    Rule,
+    check_cycles,
+    check_protected,
+    check_room,
+    find_cycle,
+    group_by_input,
+    input_name,
+)
 from relay.toml_lines import lines_of, nearest_line
 
 
@@ -168,7 +178,7 @@ def _expand(examined: Examined, tables: Sequence[tuple[int, Any]]) -> None:
     for entry, rule, other in overlaps([entry.rules for entry in examined.entries]):
         examined.add(
             ("rules", examined.entries[entry].index),
-            f"rule {rule.rule_id} overlaps with rule {other.rule_id}: {rule.input_group}:{rule.input_port} would leave "
+            f"rule {rule.rule_id} overlaps with rule {other.rule_id}: {input_name(rule)} would leave "
             "twice through the same output: make one range smaller, or change an output",
         )
 

@@ -9,11 +9,12 @@ it, and a record that changes hands meanwhile is left out. docs/streams.md says 
 It loads no NumPy: messages and commands need the structures alone.
 """
 
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from relay.addresses import endpoint, text_of
 
 if TYPE_CHECKING:
     from relay.dataplane.counters import StatsSegment
@@ -60,7 +61,7 @@ class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
     core: int
     ring: int
     interface: str | None = None  # known to the supervisor
-    source: str  # address:port
+    source: str  # address:port, an IPv6 address in brackets
     destination: str
     payload: str  # one of PAYLOADS
     packets: int
@@ -110,8 +111,8 @@ def _count(number: Any) -> int:
     return max(int(number), 0)
 
 
-def _endpoint(address: Any, port: Any) -> str:
-    return f"{socket.inet_ntoa(int(address).to_bytes(4, 'big'))}:{port}"
+def _endpoint(record: Any, side: str, port: str) -> str:
+    return endpoint(text_of(int(record[f"{side}_first"]), int(record[f"{side}_second"])), int(record[port]))
 
 
 def _stream(record: Any, pids: Any, core: int, now_ns: int) -> StreamHealth:
@@ -120,8 +121,8 @@ def _stream(record: Any, pids: Any, core: int, now_ns: int) -> StreamHealth:
     return StreamHealth(
         core=core,
         ring=int(record["ring"]),
-        source=_endpoint(record["src"], record["sport"]),
-        destination=_endpoint(record["dst"], record["dport"]),
+        source=_endpoint(record, "src", "sport"),
+        destination=_endpoint(record, "dst", "dport"),
         payload=payload,
         packets=_count(record["packets"]),
         bytes=_count(record["bytes"]),

@@ -7,11 +7,11 @@
 
 `expand` makes plain rules of an entry, which is all that the relay knows: group after group, and for each group port
 after port. A range in an output is as long as the input's, and the two are gone through together.
+IPv6 works likewise: `input_group = "ff3e::8000:0/120"`, `outputs = ["[ff05::{g7}:{g8}]:{port}:eth1"]`.
 """
 
 import ipaddress
 import re
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,12 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
+from relay.addresses import is_ipv6
 from relay.errors import RuleError
 from relay.rules import (
     OUTPUTS_OF_A_RULE_MAX,
     PORT_MAX,
+    Address,
     KeyPath,
     Output,
     Protection,
@@ -36,15 +38,18 @@ from relay.rules import (
     faults,
     named,
     output_name,
+    read_address,
     split_output,
 )
 
 RULES_OF_A_RANGE_MAX = 10_000
 FIELD = re.compile(r"\{([^{}]*)\}")
-NUMBER = re.compile(r"(n|port|g[1-4])([+-]\d{1,5})?")
-FIELDS_HELP = "{group}, {port}, {n}, {g1} to {g4}, and numbers more or less such as {port+1000}"
+NUMBER = re.compile(r"(n|port|g[1-8])([+-]\d{1,5})?")
+FIELDS_HELP = "{group}, {port}, {n}, {g1} to {%s}, and numbers more or less such as {port+1000}"
+IPV4_PARTS, IPV6_PARTS = 4, 8  # bytes in decimal; groups of 16 bits in hexadecimal, as they are written
 
-UNKNOWN = 0xEF000001  # 239.0.0.1, in place of an address that is wrong
+UNKNOWN = ipaddress.IPv4Address("239.0.0.1")  # in place of an address that is wrong
+UNKNOWN_IPV6 = ipaddress.IPv6Address("ff05::1")
 
 Fault = tuple[KeyPath, str]
 
@@ -54,9 +59,9 @@ def _about(text: str) -> Meta:
 
 
 class ConfiguredOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One destination of a rule: a table, or the same as `"GROUP:PORT:INTERFACE[:TTL]"`."""
+    """One destination of a rule: a table, or the same as `"GROUP:PORT:INTERFACE[:TTL]"`, an IPv6 group in brackets."""
 
-    group: Annotated[Text, _about("IPv4 address, multicast or unicast. A range or fields: see Ranges.")]
+    group: Annotated[Text, _about("IPv4 or IPv6 address, multicast or unicast. A range or fields: see Ranges.")]
     port: Annotated[int | Text, _about("UDP port, 1 to 65535. A range or fields in quotes.")]
     interface: Annotated[Text, _about("Interface that it leaves by.")]
     ttl: Annotated[
@@ -73,7 +78,7 @@ class ConfiguredSecondary(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     ] = None
     input_port: Annotated[int | Text | None, _about("UDP port. A range or fields in quotes. None: the rule's.")] = None
     input_interface: Annotated[Text | None, _about("Where it comes in. None: as the rule.")] = None
-    source: Annotated[Text | None, _about("Its sender, an IPv4 address. None: as the rule.")] = None
+    source: Annotated[Text | None, _about("Its sender, an address of its group's family. None: as the rule.")] = None
 
 
 class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,15 +88,21 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Text,
         _about("Name: up to 64 letters, digits and `. _ : @ -`. Empty: a hash of the rule. With a range: with fields."),
     ] = ""
-    input_group: Annotated[Text, _about("Multicast group, or a unicast address of this host. Or a range of them.")]
+    input_group: Annotated[
+        Text, _about("Multicast group, or a unicast address of this host; IPv4 or IPv6. Or a range of them.")
+    ]
     input_port: Annotated[int | Text, _about('UDP port, 1 to 65535. Or a range such as `"5000-5099"`.')]
     outputs: Annotated[
         tuple[ConfiguredOutput | str, ...],
         Meta(max_length=OUTPUTS_OF_A_RULE_MAX, description="1 to 1024 destinations, each a text or a table."),
     ]
     input_interface: Annotated[Text | None, _about("Only what comes in here. None: all `interfaces`.")] = None
-    source: Annotated[Text | None, _about("Only datagrams of this sender, an IPv4 address. None: of any.")] = None
-    preserve_source: Annotated[bool, _about("Send from the original source address.")] = False
+    source: Annotated[
+        Text | None, _about("Only datagrams of this sender, an address of the group's family. None: of any.")
+    ] = None
+    preserve_source: Annotated[
+        bool, _about("Send from the original source address. Every output is of the input's family then.")
+    ] = False
     stall_ms: Annotated[int | None, _about("Tell when a sender is silent for longer, 10 to 3600000. None: never.")] = (
         None
     )
@@ -115,9 +126,17 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive addresses or ports, as numbers."""
+    """Consecutive ports."""
 
     first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Consecutive addresses."""
+
+    first: Address
     count: int
 
 
@@ -128,53 +147,45 @@ class Input:
     index: int
     group_index: int
     port_index: int
-    group: int
+    group: Address
     port: int
 
-    def number(self, name: str) -> int:
-        """The value of a field that is a number."""
+    def field(self, name: str, offset: int) -> str:
+        """The text of a field that is a number, `offset` more."""
         if name == "n":
-            return self.index + 1
+            return str(self.index + 1 + offset)
         if name == "port":
-            return self.port
-        return self.group >> 8 * (4 - int(name[1])) & 0xFF
+            return str(self.port + offset)
+        part = int(name[1])
+        if self.group.version == 4:
+            return str((int(self.group) >> 8 * (IPV4_PARTS - part) & 0xFF) + offset)
+        return f"{(int(self.group) >> 16 * (IPV6_PARTS - part) & 0xFFFF) + offset:x}"
 
 
 Render = Callable[[Input], str]
 Made = TypeVar("Made")
 
 
-def dotted(address: int) -> str:
-    """An IPv4 address as text."""
-    return socket.inet_ntoa(address.to_bytes(4, "big"))
-
-
-def _address(what: str, text: str) -> int:
-    try:
-        return int(ipaddress.IPv4Address(text))
-    except ValueError:
-        if ":" in text:
-            raise RuleError(f"{what} {text} is IPv6, which is not supported yet: give an IPv4 address") from None
-        raise RuleError(f"{what} {text!r} is not an IPv4 address such as 239.1.1.1") from None
-
-
-def parse_groups(what: str, text: str) -> Span:
+def parse_groups(what: str, text: str) -> Groups:
     """A network such as 239.1.1.0/24, all its addresses, or a range such as 239.1.1.10-239.1.1.20. Raises RuleError."""
     if "/" in text:
         address, _, bits = text.partition("/")
-        first = _address(what, address)
-        if not re.fullmatch(r"\d{1,2}", bits) or int(bits) > 32:
-            raise RuleError(f"{what} {text!r}: give a prefix from 0 to 32, such as 239.1.1.0/24")
-        count = 1 << 32 - int(bits)
-        if first % count:
-            raise RuleError(f"{what} {text}: this network begins at {dotted(first - first % count)}/{bits}")
-        return Span(first, count)
+        first = read_address(what, address)
+        if not re.fullmatch(r"\d{1,3}", bits) or int(bits) > first.max_prefixlen:
+            example = "239.1.1.0/24" if first.version == 4 else "ff3e::8000:0/120"
+            raise RuleError(f"{what} {text!r}: give a prefix from 0 to {first.max_prefixlen}, such as {example}")
+        count = 1 << first.max_prefixlen - int(bits)
+        if int(first) % count:
+            raise RuleError(f"{what} {text}: this network begins at {first - int(first) % count}/{bits}")
+        return Groups(first, count)
     first_text, dash, last_text = text.partition("-")
-    first = _address(what, first_text)
-    last = _address(what, last_text) if dash else first
-    if last < first:
+    first = read_address(what, first_text)
+    last = read_address(what, last_text) if dash else first
+    if first.version != last.version:
+        raise RuleError(f"{what} {text}: a range has addresses of one family")
+    if int(last) < int(first):
         raise RuleError(f"{what} {text}: the range ends before it begins: give the lower address first")
-    return Span(first, last - first + 1)
+    return Groups(first, int(last) - int(first) + 1)
 
 
 def parse_ports(what: str, text: str | int) -> Span:
@@ -189,30 +200,33 @@ def parse_ports(what: str, text: str | int) -> Span:
     return Span(first, last - first + 1)
 
 
-def _template(what: str, text: str) -> Render:
+def _template(what: str, text: str, groups: Groups | None) -> Render:
     """What fills in the fields of a text. Raises RuleError for a field that there is not."""
+    parts = IPV4_PARTS if groups is not None and groups.first.version == 4 else IPV6_PARTS
     pieces: list[str | Render] = []
     for index, piece in enumerate(FIELD.split(text)):
         if index % 2 == 0:
             if "{" in piece or "}" in piece:
-                raise RuleError(f"{what} {text!r}: a brace without its other one; fields are {FIELDS_HELP}")
+                raise RuleError(
+                    f"{what} {text!r}: a brace without its other one; fields are {FIELDS_HELP % f'g{parts}'}"
+                )
             pieces.append(piece)
         elif piece == "group":
-            pieces.append(lambda at: dotted(at.group))
+            pieces.append(lambda at: str(at.group))
         else:
-            pieces.append(_number(what, piece))
+            pieces.append(_number(what, piece, parts))
     return lambda at: "".join(piece if isinstance(piece, str) else piece(at) for piece in pieces)
 
 
-def _number(what: str, field: str) -> Render:
+def _number(what: str, field: str, parts: int) -> Render:
     match = NUMBER.fullmatch(field)
-    if match is None:
-        raise RuleError(f"{what}: no field {{{field}}}; there are {FIELDS_HELP}")
+    if match is None or (match[1][0] == "g" and int(match[1][1]) > parts):
+        raise RuleError(f"{what}: no field {{{field}}}; there are {FIELDS_HELP % f'g{parts}'}")
     name, offset = match[1], int(match[2] or 0)
-    return lambda at: str(at.number(name) + offset)
+    return lambda at: at.field(name, offset)
 
 
-def _along(what: str, span: Span, of_input: Span | None, unit: str) -> None:
+def _along(what: str, span: Span | Groups, of_input: Span | Groups | None, unit: str) -> None:
     """Raises RuleError when another range of an entry is not as long as the input's, if that is known."""
     if of_input is not None and span.count not in (1, of_input.count):
         raise RuleError(
@@ -236,23 +250,23 @@ class _OutputMaker:
         return Output(self.group(at), int(port), self.interface, self.ttl, self.dscp)
 
 
-def _group_maker(text: str, groups: Span | None, what: str = "output group") -> Render:
+def _group_maker(text: str, groups: Groups | None, what: str = "output group") -> Render:
     if "{" in text or "}" in text:
-        return _template(what, text)
+        return _template(what, text, groups)
     if "/" not in text and "-" not in text:
         return lambda _: text
     span = parse_groups(what, text)
     _along(f"{what} {text}", span, groups, "addresses")
     if span.count == 1:
-        return lambda _: dotted(span.first)
-    return lambda at: dotted(span.first + at.group_index)
+        return lambda _: str(span.first)
+    return lambda at: str(span.first + at.group_index)
 
 
-def _port_maker(text: str | int, ports: Span | None, what: str = "output port") -> Render:
+def _port_maker(text: str | int, groups: Groups | None, ports: Span | None, what: str = "output port") -> Render:
     if isinstance(text, int):
         return lambda _: str(text)
     if "{" in text or "}" in text:
-        return _template(what, text)
+        return _template(what, text, groups)
     span = parse_ports(what, text)
     _along(f"{what} {text}", span, ports, "ports")
     return lambda at: str(span.first + (at.port_index if span.count > 1 else 0))
@@ -277,25 +291,29 @@ class _SecondaryMaker:
         )
 
 
-def _secondary_maker(secondary: ConfiguredSecondary, groups: Span | None, ports: Span | None) -> _SecondaryMaker:
+def _secondary_maker(secondary: ConfiguredSecondary, groups: Groups | None, ports: Span | None) -> _SecondaryMaker:
     group, port = secondary.input_group, secondary.input_port
     return _SecondaryMaker(
         None if group is None else _group_maker(group, groups, "secondary input group"),
-        None if port is None else _port_maker(port, ports, "secondary input port"),
+        None if port is None else _port_maker(port, groups, ports, "secondary input port"),
         secondary.input_interface,
         secondary.source,
     )
 
 
-def _output_maker(output: ConfiguredOutput | str, groups: Span | None, ports: Span | None) -> _OutputMaker:
+def _output_maker(output: ConfiguredOutput | str, groups: Groups | None, ports: Span | None) -> _OutputMaker:
     if isinstance(output, str):
         output = ConfiguredOutput(*split_output(output))
     return _OutputMaker(
-        _group_maker(output.group, groups), _port_maker(output.port, ports), output.interface, output.ttl, output.dscp
+        _group_maker(output.group, groups),
+        _port_maker(output.port, groups, ports),
+        output.interface,
+        output.ttl,
+        output.dscp,
     )
 
 
-def _inputs(groups: Span, ports: Span) -> Iterator[Input]:
+def _inputs(groups: Groups, ports: Span) -> Iterator[Input]:
     for i in range(groups.count):
         for j in range(ports.count):
             yield Input(i * ports.count + j, i, j, groups.first + i, ports.first + j)
@@ -325,7 +343,7 @@ def expand(entry: ConfiguredRule) -> tuple[tuple[Rule, ...], tuple[Fault, ...]]:
     if count > RULES_OF_A_RANGE_MAX:
         key = "input_group" if groups is not None and groups.count > 1 else "input_port"
         return (), (((key,), f"{count} rules, of one entry at most {RULES_OF_A_RANGE_MAX}: make the range smaller"),)
-    name = attempts.make(("rule_id",), partial(_template, "rule id", entry.rule_id))
+    name = attempts.make(("rule_id",), partial(_template, "rule id", entry.rule_id, groups))
     if count > 1 and entry.rule_id and "{" not in entry.rule_id:
         reason = f"rule id {entry.rule_id!r} would name all {count} rules: add {{group}}, {{port}} or {{n}}"
         attempts.found["rule_id",] = reason
@@ -338,10 +356,15 @@ def expand(entry: ConfiguredRule) -> tuple[tuple[Rule, ...], tuple[Fault, ...]]:
         second = attempts.make(("secondary",), partial(_secondary_maker, entry.secondary, groups, ports))
     make = partial(_make, entry, name, makers, second, attempts)
     if attempts.found or groups is None or ports is None or name is None:
-        at = Input(0, 0, 0, groups.first if groups else UNKNOWN, ports.first if ports else 1)
+        at = Input(0, 0, 0, groups.first if groups else _unknown(entry), ports.first if ports else 1)
         attempts.found |= dict(_other_faults(make(at), attempts.found))
         return (), tuple(attempts.found.items())
     return _make_all(entry, make, _inputs(groups, ports), attempts)
+
+
+def _unknown(entry: ConfiguredRule) -> Address:
+    """A valid address in the place of an input group that is not: of its family, as far as one can tell."""
+    return UNKNOWN_IPV6 if is_ipv6(entry.source or entry.input_group) else UNKNOWN
 
 
 def _make(
@@ -356,12 +379,12 @@ def _make(
     secondary = attempts.make(("secondary",), partial(second.make, at)) if second is not None else None
     outputs = (
         (maker and attempts.make(("outputs", index), partial(maker.make, at)))
-        or Output(dotted(UNKNOWN), index + 1, "lo")
+        or Output(str(UNKNOWN if at.group.version == 4 else UNKNOWN_IPV6), index + 1, "lo")
         for index, maker in enumerate(makers)
     )
     rule = Rule(
         rule_id=name(at) if name else "unknown",
-        input_group=dotted(at.group),
+        input_group=str(at.group),
         input_port=at.port,
         outputs=tuple(outputs),
         input_interface=entry.input_interface,

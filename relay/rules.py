@@ -7,15 +7,15 @@ need, and the data plane sees only the tables compiled from them.
 import hashlib
 import ipaddress
 import re
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from relay.addresses import canonical, endpoint, is_ipv6
 from relay.errors import RuleError
 
 RULE_ID_CHARS_MAX = 64
@@ -31,6 +31,7 @@ LATER_FIELDS = ("stall_ms", "max_pps", "max_bps", "secondary", "protection")  # 
 RULES_MAX = 16_384  # both as relay/dataplane/layout.py has them; this module must not load numpy
 OUTPUTS_MAX = 32_768
 INTERFACE = re.compile(r"[^\s/:\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ less the end, dev_valid_name() in net/core/dev.c
+OUTPUT = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):([^:]+):([^:]+)(?::([^:]+))?")
 TEXT_CHARS_MAX = 256  # of any field as it arrives; `validate` says what is really allowed
 WARNINGS_MAX = 100  # of one kind, for one change
 CYCLE_SHOWN_MAX = 10
@@ -40,7 +41,7 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 
 
 class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One destination of a rule: an IPv4 `group` (multicast or unicast), `port`, egress `interface`."""
+    """One destination of a rule: an IPv4 or IPv6 `group` (multicast or unicast), `port`, egress `interface`."""
 
     group: Text
     port: int
@@ -69,7 +70,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     input_port: int
     outputs: Annotated[tuple[Output, ...], Meta(max_length=OUTPUTS_OF_A_RULE_MAX)]
     input_interface: Text | None = None  # None: every interface of the relay
-    source: Text | None = None  # IPv4 address; None: any
+    source: Text | None = None  # address of the input's family; None: any
     preserve_source: bool = False
     stall_ms: int | None = None  # a sender that is silent for longer is told of; None: no one is
     max_pps: int | None = None  # datagrams a second that may come; what is over is dropped. None: any number
@@ -88,7 +89,7 @@ class Leg(NamedTuple):
 
     def __str__(self) -> str:
         source = f"{self.source} " if self.source else ""
-        return f"{source}{self.group}:{self.port}{f' on {self.interface}' if self.interface else ''}"
+        return f"{source}{endpoint(self.group, self.port)}{f' on {self.interface}' if self.interface else ''}"
 
 
 def legs(rule: Rule) -> tuple[Leg, ...]:
@@ -116,8 +117,13 @@ def meet(one: Leg, other: Leg) -> bool:
 
 
 def output_name(output: Output) -> str:
-    """`group:port:interface`, as commands and counters write it."""
-    return f"{output.group}:{output.port}:{output.interface}"
+    """`group:port:interface`, as commands and counters write it; an IPv6 group is in brackets."""
+    return f"{endpoint(output.group, output.port)}:{output.interface}"
+
+
+def input_name(rule: Rule) -> str:
+    """`group:port`, likewise."""
+    return endpoint(rule.input_group, rule.input_port)
 
 
 def describe(rule: Rule) -> str:
@@ -126,23 +132,13 @@ def describe(rule: Rule) -> str:
     outputs = ", ".join(output_name(output) for output in rule.outputs)
     second = f" and {legs(rule)[1]}, {rule.protection}" if rule.secondary else ""
     limits = f", at most {limits_of(rule)}" if limits_of(rule) else ""
-    return f"{source}{rule.input_group}:{rule.input_port}{second} -> {outputs}{limits}"
+    return f"{source}{input_name(rule)}{second} -> {outputs}{limits}"
 
 
 def limits_of(rule: Rule) -> str:
     """What a rule lets pass at most, in words; "" without a limit."""
     limits = ((rule.max_pps, "packets/s"), (rule.max_bps, "bit/s"))
     return " and ".join(f"{limit} {unit}" for limit, unit in limits if limit is not None)
-
-
-def address_number(address: str) -> int:
-    """A valid dotted IPv4 address as a number in host order; ipaddress takes seven times as long."""
-    return int.from_bytes(socket.inet_aton(address), "big")
-
-
-def is_multicast(address: str) -> bool:
-    """Whether a valid dotted IPv4 address is in 224.0.0.0/4."""
-    return address_number(address) >> 28 == 0xE
 
 
 def content_id(rule: Rule) -> str:
@@ -176,30 +172,51 @@ def split_secondary(text: str) -> tuple[str | None, str | None, str | None]:
 
 
 def split_output(text: str) -> tuple[str, str, str, Ttl]:
-    """Group, port, interface and TTL of `group:port:interface[:ttl]`. Raises RuleError."""
-    parts = text.split(":")
-    if len(parts) not in (3, 4) or not all(parts):
-        hint = "; IPv6 is not supported yet" if text.startswith("[") or text.count(":") > 4 else ""
+    """Group, port, interface and TTL of `group:port:interface[:ttl]`, an IPv6 group in brackets. Raises RuleError."""
+    match = OUTPUT.fullmatch(text)
+    if match is None:
+        hint = ""
+        if text.count(":") > 3 and not text.startswith("["):
+            hint = "; an IPv6 address needs brackets, as in [ff3e::8000:1]:5000:eth1"
         raise RuleError(f"output {text!r}: expected GROUP:PORT:INTERFACE[:TTL]{hint}")
-    return parts[0], parts[1], parts[2], parse_ttl(parts[3]) if len(parts) == 4 else None
+    in_brackets, group, port, interface, ttl = match.groups()
+    if in_brackets is not None and not is_ipv6(in_brackets) and "{" not in in_brackets:
+        raise RuleError(f"output {text!r}: {in_brackets} is no IPv6 address, which alone stands in brackets")
+    return in_brackets or group, port, interface, parse_ttl(ttl) if ttl is not None else None
 
 
 def parse_output(text: str, dscp: int | None = None) -> Output:
-    """Read `group:port:interface[:ttl]`. Raises RuleError."""
+    """Read `group:port:interface[:ttl]`, an IPv6 group in brackets. Raises RuleError."""
     group, port, interface, ttl = split_output(text)
     if not port.isdecimal():
         raise RuleError(f"output {text!r}: port {port!r} is not a number from 1 to {PORT_MAX}")
     return Output(group, int(port), interface, ttl, dscp)
 
 
-def _check_address(what: str, text: str) -> ipaddress.IPv4Address:
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def read_address(what: str, text: str) -> Address:
+    """Any address as `ipaddress` has it, without a zone. Raises RuleError."""
+    if is_ipv6(text) and "%" in text:
+        without, _, zone = text.partition("%")
+        raise RuleError(f"{what} {text}: leave out %{zone}, the interface is given besides: {without}")
     try:
-        address = ipaddress.ip_address(text)
+        return ipaddress.ip_address(text)
     except ValueError:
-        raise RuleError(f"{what} {text!r} is not an IPv4 address such as 239.1.1.1") from None
-    if isinstance(address, ipaddress.IPv6Address):
-        raise RuleError(f"{what} {text} is IPv6, which is not supported yet: give an IPv4 address")
-    if address == ipaddress.IPv4Address("255.255.255.255") or int(address) >> 24 == 0:
+        raise RuleError(f"{what} {text!r} is not an address such as 239.1.1.1 or ff3e::8000:1") from None
+
+
+def parse_address(what: str, text: str) -> Address:
+    """An address that a datagram can be sent to. Raises RuleError."""
+    address = read_address(what, text)
+    if isinstance(address, ipaddress.IPv4Address):
+        is_none = address == ipaddress.IPv4Address("255.255.255.255") or int(address) >> 24 == 0
+    elif address.ipv4_mapped is not None:
+        raise RuleError(f"{what} {text} is IPv4 in an IPv6 address: give {address.ipv4_mapped}")
+    else:  # a group of scope 0 is never received: RFC 4291, 2.7
+        is_none = address.is_unspecified or (address.is_multicast and address.packed[1] & 0xF == 0)
+    if is_none:
         raise RuleError(f"{what} {text} is neither a multicast group nor a unicast address")
     return address
 
@@ -232,9 +249,29 @@ def _check_id(rule_id: str) -> None:
         )
 
 
-def _check_source(source: str) -> None:
-    if _check_address("source", source).is_multicast:
+def _check_source(source: str, input_group: str) -> None:
+    if parse_address("source", source).is_multicast:
         raise RuleError(f"source {source} is a multicast group: give a sender's unicast address")
+    if is_ipv6(source) is not is_ipv6(input_group):
+        raise RuleError(
+            f"source {source} never sends to {input_group}: give an {_family(input_group)} address, or another group"
+        )
+
+
+def _family(address: str) -> str:
+    return "IPv6" if is_ipv6(address) else "IPv4"
+
+
+def _check_preserved(rule: Rule) -> None:
+    """A source's address can't be that of a datagram of the other family."""
+    if not rule.preserve_source:
+        return
+    for leg, output in product(legs(rule), rule.outputs):
+        if is_ipv6(output.group) is not is_ipv6(leg.group):
+            raise RuleError(
+                f"preserve_source: output {output_name(output)} is not {_family(leg.group)} as the input "
+                f"{endpoint(leg.group, leg.port)} is: give it a rule of its own, without preserve_source"
+            )
 
 
 def _check_stall(stall_ms: int | None) -> None:
@@ -282,41 +319,67 @@ Check = tuple[KeyPath, Callable[..., object], tuple[object, ...]]  # where, what
 
 def _checks(rule: Rule) -> Iterator[Check]:
     yield ("rule_id",), _check_id, (rule.rule_id,)
-    yield ("input_group",), _check_address, ("input group", rule.input_group)
+    yield ("input_group",), parse_address, ("input group", rule.input_group)
     yield ("input_port",), _check_port, ("input port", rule.input_port)
     if rule.input_interface is not None:
         yield ("input_interface",), _check_interface, ("input interface", rule.input_interface)
     if rule.source is not None:
-        yield ("source",), _check_source, (rule.source,)
+        yield ("source",), _check_source, (rule.source, rule.input_group)
     yield ("stall_ms",), _check_stall, (rule.stall_ms,)
     yield ("max_pps",), _check_limits, ("max_pps", rule.max_pps, MAX_PPS_MIN, MAX_PPS_MAX)
     yield ("max_bps",), _check_limits, ("max_bps", rule.max_bps, MAX_BPS_MIN, MAX_BPS_MAX)
     second = rule.secondary
     if second is not None:
         if second.input_group is not None:
-            yield ("secondary", "input_group"), _check_address, ("secondary input group", second.input_group)
+            yield ("secondary", "input_group"), parse_address, ("secondary input group", second.input_group)
         if second.input_port is not None:
             yield ("secondary", "input_port"), _check_port, ("secondary input port", second.input_port)
         if second.input_interface is not None:
             what = "secondary input interface"
             yield ("secondary", "input_interface"), _check_interface, (what, second.input_interface)
         if second.source is not None:
-            yield ("secondary", "source"), _check_source, (second.source,)
+            yield ("secondary", "source"), _check_source, (second.source, legs(rule)[1].group)
+        elif rule.source is not None:
+            yield ("secondary",), _check_source, (rule.source, legs(rule)[1].group)
     yield ("protection",), _check_protection, (rule,)
     for index, output in enumerate(rule.outputs):
         yield ("outputs", index, "interface"), _check_interface, ("output interface", output.interface)
-        yield ("outputs", index, "group"), _check_address, ("output group", output.group)
+        yield ("outputs", index, "group"), parse_address, ("output group", output.group)
         yield ("outputs", index, "port"), _check_port, ("output port", output.port)
         yield ("outputs", index, "ttl"), _check_ttl, (output.ttl,)
         yield ("outputs", index, "dscp"), _check_dscp, (output.dscp,)
     yield ("outputs",), _check_outputs, (rule,)
+    yield ("preserve_source",), _check_preserved, (rule,)
+
+
+def in_canonical_form(rule: Rule) -> Rule:
+    """The rule with its IPv6 addresses as RFC 5952 writes them, so that equal rules are equal."""
+    second = rule.secondary
+    groups = [rule.input_group, rule.source or "", *(output.group for output in rule.outputs)]
+    if second is not None:
+        groups += [second.input_group or "", second.source or ""]
+        second = msgspec.structs.replace(
+            second,
+            input_group=second.input_group and canonical(second.input_group),
+            source=second.source and canonical(second.source),
+        )
+    if not any(map(is_ipv6, groups)):
+        return rule
+    return msgspec.structs.replace(
+        rule,
+        input_group=canonical(rule.input_group),
+        source=rule.source and canonical(rule.source),
+        secondary=second,
+        outputs=tuple(msgspec.structs.replace(o, group=canonical(o.group)) for o in rule.outputs),
+    )
 
 
 def validate(rule: Rule) -> Rule:
-    """Check one rule by itself and return it.
+    """Check one rule by itself and return it in canonical form.
 
     Raises RuleError that names the field and what is allowed.
     """
+    rule = in_canonical_form(rule)
     for _, check, arguments in _checks(rule):
         check(*arguments)
     return rule
@@ -483,7 +546,8 @@ def fingerprint(rules: Iterable[Rule]) -> str:
 
 
 def named(rule: Rule) -> Rule:
-    """The rule itself, or with its content's hash for a name when it has none."""
+    """The rule in canonical form, with its content's hash for a name when it has none."""
+    rule = in_canonical_form(rule)
     return rule if rule.rule_id else msgspec.structs.replace(rule, rule_id=content_id(rule))
 
 

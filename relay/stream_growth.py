@@ -16,7 +16,7 @@ from relay.dataplane.layout import COUNT_MAX, STREAMS_MAX, Payload
 
 COUNTED = ("rtp_lost", "rtp_reordered", "rtp_duplicates", "continuity_errors", "sync_losses")  # fields of STREAM
 RTP_COUNTED = 3  # of these
-ADDRESS = ("dst", "dport", "ring", "src")
+ADDRESS = ("dst_first", "dst_second", "dport", "ring", "src_first", "src_second")  # fields of STREAM, likewise
 
 
 class Look(NamedTuple):

@@ -1,5 +1,6 @@
 """Where test traffic goes: flows spread over groups, ports or source ports, on an interface. Shared by both tools."""
 
+import contextlib
 import ipaddress
 import re
 import socket
@@ -7,7 +8,12 @@ from dataclasses import dataclass
 
 import psutil
 
-IP_UDP_HEADER_BYTES = 28
+from relay.sockaddr import SockAddr, is_of_link, sockaddr
+
+HEADER_BYTES = {4: 28, 6: 48}  # IP and UDP, by version
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+Group = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class UsageError(Exception):
@@ -16,31 +22,55 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Interface:
-    """The interface that traffic leaves or enters by."""
+    """The interface that traffic leaves or enters by, and its address of the group's version."""
 
     name: str
     index: int
     address: str
     mtu_bytes: int
 
+    def sockaddr(self, address: str, port: int) -> SockAddr:
+        """What to bind or connect to on this interface."""
+        return sockaddr(address, port, self.index)
 
-def find_interface(text: str) -> Interface:
-    """An interface by name or by one of its addresses. Raises UsageError."""
-    for name, addresses in psutil.net_if_addrs().items():
-        for address in addresses:
-            if address.family == socket.AF_INET and text in (name, address.address):
-                mtu_bytes = psutil.net_if_stats()[name].mtu
-                return Interface(name, socket.if_nametoindex(name), address.address, mtu_bytes)
+
+def find_interface(text: str, version: int = 4) -> Interface:
+    """An interface by name or by one of its addresses, with an address of this IP version. Raises UsageError.
+
+    By name, it is the oldest. Link-local ones come last: what they send is not routed.
+    """
+    with contextlib.suppress(ValueError):
+        text = str(ipaddress.ip_address(text))
+    found: list[tuple[str, str]] = []
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            address = entry.address.partition("%")[0]
+            if entry.family == FAMILY[version] and text in (name, address, f"{address}%{name}"):
+                found.append((name, address))
+    if version == 6:
+        found.reverse()  # the kernel tells the newest first
+    for name, own in sorted(found, key=lambda place: is_of_link(place[1])):
+        return Interface(name, socket.if_nametoindex(name), own, psutil.net_if_stats()[name].mtu)
     names = ", ".join(sorted(psutil.net_if_addrs()))
-    raise UsageError(f"--interface {text}: no interface with an IPv4 address; this host has {names}")
+    raise UsageError(f"--interface {text}: no interface with an IPv{version} address; this host has {names}")
 
 
-def parse_group(text: str) -> ipaddress.IPv4Address:
-    """A multicast group or unicast address. Raises UsageError."""
+def parse_group(text: str) -> Group:
+    """A multicast group or unicast address of either version. Raises UsageError."""
     try:
-        return ipaddress.IPv4Address(text)
+        address = ipaddress.ip_address(text.removeprefix("[").removesuffix("]"))
     except ValueError:
-        raise UsageError(f"--group {text}: give an IPv4 address such as 239.1.1.1") from None
+        raise UsageError(f"--group {text}: give an address such as 239.1.1.1 or ff3e::1") from None
+    if "%" in str(address):
+        raise UsageError(f"--group {text}: give the address alone, --interface says on which link")
+    return address
+
+
+def missing_route(group: Group, interface: Interface) -> str:
+    """Why IPv6 multicast may find no way out of an interface, and what helps; "" where that is not it."""
+    if group.version == 4 or not group.is_multicast or interface.name != "lo":
+        return ""
+    return ": a host has no IPv6 multicast on lo until `ip -6 route add local ff00::/8 dev lo`"
 
 
 def spread(group: str, port: int, flows: int, by: str) -> list[tuple[str, int]]:
@@ -50,10 +80,13 @@ def spread(group: str, port: int, flows: int, by: str) -> list[tuple[str, int]]:
     if not (port >= 1 and last_port <= 65_535):
         raise UsageError(f"--port {port}: ports from 1 to 65535, for {flows} flows up to {last_port}")
     if by == "group":
-        return [(str(first + flow), port) for flow in range(flows)]
+        try:
+            return [(str(first + flow), port) for flow in range(flows)]
+        except ipaddress.AddressValueError:
+            raise UsageError(f"--group {group}: there are no {flows} addresses from there on") from None
     if by == "port":
-        return [(group, port + flow) for flow in range(flows)]
-    return [(group, port)] * flows
+        return [(str(first), port + flow) for flow in range(flows)]
+    return [(str(first), port)] * flows
 
 
 SI = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}

@@ -1,8 +1,10 @@
 """Network namespaces for tests, demo and benchmarks: hosts joined by cables, on one machine, gone afterwards.
 
     gen ──── relay ──── sink          with Line(): two cables, three hosts
-     10.1.0.1  10.1.0.2 10.2.0.1  10.2.0.2
+     10.1.0.1   10.1.0.2 10.2.0.1   10.2.0.2
+     fd00:1::1  fd00:1::2 fd00:2::1  fd00:2::2
 
+IPv6 addresses are usable at once: nobody looks for duplicates on these links.
 Needs root and iproute2. Names carry the process id, so that several run side by side.
 """
 
@@ -17,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+NO_DUPLICATE_ADDRESS_DETECTION = Path("/proc/sys/net/ipv6/conf/default/accept_dad")
 _serial = itertools.count(1)
 
 
@@ -49,6 +52,8 @@ class Host:
     def __init__(self, name: str) -> None:
         self.namespace = f"mcr{os.getpid()}-{next(_serial)}-{name}"
         ip("netns", "add", self.namespace)
+        with contextlib.suppress(FileNotFoundError), self.inside():  # a kernel without IPv6
+            NO_DUPLICATE_ADDRESS_DETECTION.write_text("0")  # else link-local addresses need a second, too
         self.ip("link", "set", "lo", "up")
 
     def ip(self, *arguments: str) -> None:
@@ -87,9 +92,16 @@ class Host:
 
 
 def connect(
-    left: Host, left_name: str, left_address: str, right: Host, right_name: str, right_address: str, mtu: int = 1500
+    left: Host,
+    left_name: str,
+    left_address: str,
+    right: Host,
+    right_name: str,
+    right_address: str,
+    mtu: int = 1500,
+    ipv6: tuple[str, str] | None = None,
 ) -> None:
-    """Join two hosts by a cable (veth); addresses with their prefix, such as 10.1.0.1/24."""
+    """Join two hosts by a cable (veth); addresses with their prefix, such as 10.1.0.1/24; `ipv6` the left's first."""
     left.ip(
         *("link", "add", left_name, "mtu", str(mtu), "type", "veth"),
         *("peer", "name", right_name, "mtu", str(mtu), "netns", right.namespace),
@@ -97,12 +109,16 @@ def connect(
     for host, name, address in ((left, left_name, left_address), (right, right_name, right_address)):
         host.ip("addr", "add", address, "dev", name)
         host.ip("link", "set", name, "up")
+    if ipv6 is not None:
+        left.ip("addr", "add", ipv6[0], "dev", left_name, "nodad")
+        right.ip("addr", "add", ipv6[1], "dev", right_name, "nodad")
 
 
 class Line:
     """gen ─ relay ─ … ─ sink: hosts in a row, each cable a network of its own. A context manager.
 
-    Cable k joins interface `right` of host k, 10.k.0.1, with interface `left` of host k+1, 10.k.0.2.
+    Cable k joins interface `right` of host k, 10.k.0.1 and fd00:k::1, with interface `left` of host k+1, 10.k.0.2 and
+    fd00:k::2.
     """
 
     def __init__(self, *names: str, mtu: int = 1500) -> None:
@@ -111,7 +127,8 @@ class Line:
             for name in names:
                 self.hosts.append(Host(name))
             for k, (left, right) in enumerate(itertools.pairwise(self.hosts), 1):
-                connect(left, "right", f"10.{k}.0.1/24", right, "left", f"10.{k}.0.2/24", mtu)
+                ipv6 = f"fd00:{k}::1/64", f"fd00:{k}::2/64"
+                connect(left, "right", f"10.{k}.0.1/24", right, "left", f"10.{k}.0.2/24", mtu, ipv6)
         except BaseException:
             self.close()
             raise

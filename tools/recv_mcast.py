@@ -17,6 +17,7 @@ from tools import environment
 environment.enter()
 
 import contextlib
+import ipaddress
 import json
 import select
 import signal
@@ -31,7 +32,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tools.addressing import Interface, UsageError, find_interface, parse_group, spread
+from relay.addresses import endpoint
+from relay.sockaddr import sockaddr_storage
+from tools.addressing import (
+    FAMILY,
+    Group,
+    Interface,
+    UsageError,
+    find_interface,
+    parse_group,
+    spread,
+)
 from tools.receiving import (
     SO_RXQ_OVFL,
     SO_TIMESTAMPNS,
@@ -48,6 +59,7 @@ RECEIVE_BUFFER_BYTES = 256 << 20
 POLL_MS = 100
 ROUNDS_MAX = 2000
 RECORD_BYTES_MAX = 512 << 20
+MCAST_JOIN_GROUP = 42  # linux/in.h: the same for both versions
 MCAST_JOIN_SOURCE_GROUP = 46
 PERCENTILES = (50, 90, 99, 99.9)
 FOREVER = 1 << 62
@@ -89,24 +101,30 @@ class Ending:
         return present_s - max(last_s or 0.0, self.drained_since_s or 0.0) >= self.idle_s
 
 
-def sockaddr_storage(address: str) -> bytes:
-    """A struct sockaddr_storage with an IPv4 address."""
-    return struct.pack("=HH4s", socket.AF_INET, 0, socket.inet_aton(address)).ljust(128, b"\0")
+def parse_source(text: str, group: Group) -> Group:
+    """The sender to join for. Raises UsageError."""
+    with contextlib.suppress(ValueError):
+        source = ipaddress.ip_address(text)
+        if source.version == group.version and not source.is_multicast and "%" not in text:
+            return source
+    raise UsageError(f"--source {text}: give the unicast IPv{group.version} address of a sender")
 
 
-def join(sock: socket.socket, group: str, interface: Interface, source: str | None) -> None:
+def join(sock: socket.socket, group: Group, interface: Interface, source: str | None) -> None:
     """Join a group, of one source if given."""
+    level = socket.IPPROTO_IP if group.version == 4 else socket.IPPROTO_IPV6
+    request = struct.pack("@I4x", interface.index) + sockaddr_storage(str(group), interface.index)
     if source is None:
-        request = struct.pack("@4s4si", socket.inet_aton(group), bytes(4), interface.index)
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+        sock.setsockopt(level, MCAST_JOIN_GROUP, request)
         return
-    request = struct.pack("@I4x", interface.index) + sockaddr_storage(group) + sockaddr_storage(source)
-    sock.setsockopt(socket.IPPROTO_IP, MCAST_JOIN_SOURCE_GROUP, request)
+    request += sockaddr_storage(str(parse_source(source, group)), interface.index)
+    sock.setsockopt(level, MCAST_JOIN_SOURCE_GROUP, request)
 
 
-def open_socket(group: str, port: int, interface: Interface, source: str | None) -> socket.socket:
+def open_socket(address: str, port: int, interface: Interface, source: str | None) -> socket.socket:
     """A socket for one group and port, joined. Raises UsageError when the kernel refuses."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    group = parse_group(address)
+    sock = socket.socket(FAMILY[group.version], socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
@@ -116,11 +134,11 @@ def open_socket(group: str, port: int, interface: Interface, source: str | None)
     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     sock.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
     try:
-        sock.bind((group, port))
-        if parse_group(group).is_multicast:
+        sock.bind(interface.sockaddr(address, port))
+        if group.is_multicast:
             join(sock, group, interface, source)
     except OSError as error:
-        raise UsageError(f"--group {group} --port {port} on {interface.name}: {error.strerror}") from error
+        raise UsageError(f"--group {address} --port {port} on {interface.name}: {error.strerror}") from error
     return sock
 
 
@@ -157,7 +175,7 @@ def summarise(
         "latency_us": {**percentiles(receiver.latency), "max": int(totals["latency_ns_max"]) / 1000},
         "per_flow": [
             {
-                "destination": "{}:{}".format(*destinations[int(flow["socket"])]),
+                "destination": endpoint(*destinations[int(flow["socket"])]),
                 "flow": int(flow["number"]),
                 "datagrams": int(flow["datagrams"]),
                 "lost": int(gone),
@@ -221,7 +239,9 @@ def run(receiver: Receiver, ending: Ending, told: IO[str] | None, quiet: bool) -
 
 
 @click.command(epilog="Example: recv_mcast.py --group 239.2.2.2 --port 6001 --expect 10000 --idle-timeout 2")
-@click.option("--group", default="239.2.2.2", show_default=True, help="Multicast group, or an address of this host.")
+@click.option(
+    "--group", default="239.2.2.2", show_default=True, help="Multicast group, or an address of this host; IPv4 or IPv6."
+)
 @click.option("--port", type=int, default=6001, show_default=True)
 @click.option("--interface", default="lo", show_default=True, help="Name or address.")
 @click.option("--source", help="Join for this sender only.")
@@ -261,7 +281,7 @@ def main(
 ) -> None:
     """Receive and check test traffic."""
     try:
-        place = find_interface(interface)
+        place = find_interface(interface, parse_group(group).version)
         destinations = sorted(set(spread(group, port, flows, flow_by)))
         sockets = [open_socket(*destination, place, source) for destination in destinations]
     except UsageError as error:

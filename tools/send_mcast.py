@@ -26,10 +26,12 @@ import numpy as np
 
 from relay.dataplane.layout import UDP_PAYLOAD_MAX, UDP_SEGMENTS_MAX
 from tools.addressing import (
-    IP_UDP_HEADER_BYTES,
+    FAMILY,
+    HEADER_BYTES,
     Interface,
     UsageError,
     find_interface,
+    missing_route,
     parse_group,
     parse_rate,
     spread,
@@ -61,22 +63,30 @@ def parse_sizes(text: str) -> Any:
 def open_sockets(destinations: list[tuple[str, int]], interface: Interface, ttl: int) -> list[socket.socket]:
     """One connected socket for each flow. Raises UsageError when the kernel refuses one."""
     sockets = []
-    for destination in destinations:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        mreqn = struct.pack("@4s4si", bytes(4), socket.inet_aton(interface.address), interface.index)
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, mreqn)
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
-        if ttl != 1:
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+    for address, port in destinations:
+        group = parse_group(address)
+        sock = socket.socket(FAMILY[group.version], socket.SOCK_DGRAM)
+        if group.version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, interface.index)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
+            if ttl != 1:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
+        else:
+            mreqn = struct.pack("@4s4si", bytes(4), socket.inet_aton(interface.address), interface.index)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, mreqn)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
+            if ttl != 1:
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
         try:
             sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
         except PermissionError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         try:
-            sock.bind((interface.address, 0))
-            sock.connect(destination)
+            sock.bind(interface.sockaddr(interface.address, 0))
+            sock.connect(interface.sockaddr(address, port))
         except OSError as error:
-            raise UsageError(f"--group {destination[0]} on {interface.name}: {error.strerror}") from error
+            hint = missing_route(group, interface)
+            raise UsageError(f"--group {address} on {interface.name}: {error.strerror}{hint}") from error
         sockets.append(sock)
     return sockets
 
@@ -101,7 +111,9 @@ def progress(sender: Sender, elapsed_s: float, since_s: float, before: tuple[int
 
 
 @click.command(epilog="Example: send_mcast.py --group 239.1.1.1 --port 5001 --rate 10Mbps --payload ts --duration 60")
-@click.option("--group", default="239.1.1.1", show_default=True, help="Multicast group or unicast address.")
+@click.option(
+    "--group", default="239.1.1.1", show_default=True, help="Multicast group or unicast address, IPv4 or IPv6."
+)
 @click.option("--port", type=int, default=5001, show_default=True)
 @click.option("--interface", default="lo", show_default=True, help="Name or address.")
 @click.option("--rate", default="1000", show_default=True, help="50000, 50kpps, 10Mbps, 2.5Gbit/s or max.")
@@ -116,7 +128,7 @@ def progress(sender: Sender, elapsed_s: float, since_s: float, before: tuple[int
     show_default=True,
     help="What tells flows apart: groups and ports count up from the given ones.",
 )
-@click.option("--ttl", type=click.IntRange(1, 255), default=1, show_default=True)
+@click.option("--ttl", type=click.IntRange(1, 255), default=1, show_default=True, help="Or hop limit.")
 @click.option("--payload", type=click.Choice(list(KINDS)), default="seq", show_default=True)
 @click.option("--burst", type=click.IntRange(1, UDP_SEGMENTS_MAX), help="Sent back to back. [default: by the rate]")
 @click.option("--gso/--no-gso", default=True, help="Let the kernel cut bursts into datagrams. [default: gso]")
@@ -143,8 +155,8 @@ def main(
 ) -> None:
     """Send test traffic that tools/recv_mcast.py can check."""
     try:
-        place = find_interface(interface)
-        parse_group(group)
+        version = parse_group(group).version
+        place = find_interface(interface, version)
         sizes = parse_sizes(size)
         pps = parse_rate(rate, int(sizes.mean()))
         sockets = open_sockets(spread(group, port, flows, flow_by), place, ttl)
@@ -152,7 +164,7 @@ def main(
         raise click.UsageError(str(error)) from None
     kind = KINDS[payload]
     per_tick = choose_per_tick(burst, pps, int(sizes.max()))
-    fits = gso and int(sizes.max()) <= place.mtu_bytes - IP_UDP_HEADER_BYTES
+    fits = gso and int(sizes.max()) <= place.mtu_bytes - HEADER_BYTES[version]
     sender = make_sender(
         [sock.fileno() for sock in sockets],
         sizes,

@@ -16,7 +16,7 @@ from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
 from relay.differences import Differences, FieldChange, compare, compare_options
 from relay.errors import ConfigError, ExitCode, UsageError
-from relay.rules import Rule, chain_warnings, fingerprint, legs, limits_of, output_name
+from relay.rules import Rule, chain_warnings, fingerprint, input_name, legs, limits_of, output_name
 from relay.wording import counted
 
 DIFF_FAILED = 2  # as of diff(1): 0 the same, 1 different, 2 trouble
@@ -138,7 +138,7 @@ def _whole(rule: Rule) -> str:
     stall = f", stalled after {rule.stall_ms} ms" if rule.stall_ms else ""
     second = f" and {legs(rule)[1]}, {rule.protection}" if rule.secondary else ""
     limits = f", at most {limits_of(rule)}" if limits_of(rule) else ""
-    return f"{rule.input_group}:{rule.input_port}{interface}{source}{second} -> {outputs}{preserving}{stall}{limits}"
+    return f"{input_name(rule)}{interface}{source}{second} -> {outputs}{preserving}{stall}{limits}"
 
 
 def _extras(output: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # loads NumPy: only the command itself needs it, not all the 
     default=1.0,
     show_default=True,
     metavar="S",
-    help="For how long to see which drops grow, and who sends IGMP queries, which come every 125 s.",
+    help="For how long to see which drops grow, and who sends IGMP and MLD queries, which come every 125 s.",
 )
 @click.option("--verbose", is_flag=True, help="Also what was read, and why it matters, where all is well.")
 def doctor(interfaces: tuple[str, ...], seconds: float, verbose: bool, as_json: bool) -> None:
@@ -44,7 +44,7 @@ def doctor(interfaces: tuple[str, ...], seconds: float, verbose: bool, as_json: 
 
 def look(path: Path, interfaces: tuple[str, ...], seconds: float) -> "Situation":
     """Look twice, `seconds` apart. Raises RelayError when a relay answers with a refusal."""
-    from relay.cli.checks import cores, host, network, relay  # noqa: F401 - they register themselves
+    from relay.cli.checks import cores, host, ipv6, network, relay  # noqa: F401 - they register themselves
     from relay.cli.checks.probes import hear_queriers, probe
     from relay.cli.checks.situation import Situation, count
     from relay.supervisor.interfaces import snapshot

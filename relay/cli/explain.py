@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from relay.addresses import is_ipv6
 from relay.cli import host, running
 from relay.cli.host import Files
-from relay.errors import RelayError, UsageError
-from relay.rules import PORT_MAX, TTL_MAX, address_number
+from relay.errors import RelayError, RuleError, UsageError
+from relay.rules import PORT_MAX, TTL_MAX, parse_address
 
 if TYPE_CHECKING:  # loads NumPy: only the command itself needs it, not all the others
     from relay.cli.explaining.facts import Explanation, Facts
@@ -19,29 +20,37 @@ DEFAULT_TTL = 64  # IPDEFTTL, linux/ip.h
 
 
 def parse_endpoint(text: str, what: str, needs_port: bool) -> tuple[str, int | None]:
-    """Read `ADDRESS:PORT`. Raises UsageError."""
-    address, colon, port = text.partition(":")
+    """Read `ADDRESS:PORT`, an IPv6 address in brackets where a port follows. Raises UsageError."""
+    in_brackets, bracket, rest = text.removeprefix("[").partition("]")
+    if text.startswith("[") and bracket:
+        address, colon, port = in_brackets, rest[:1], rest[1:]
+        if rest and colon != ":":
+            raise UsageError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon")
+    elif text.count(":") > 1:
+        address, colon, port = text, "", ""
+    else:
+        address, colon, port = text.partition(":")
     try:
-        address_number(address)
-    except OSError:
-        raise UsageError(f"{what} {text!r}: {address!r} is not an IPv4 address such as 239.1.1.1") from None
-    if address.count(".") != 3:
-        raise UsageError(f"{what} {text!r}: {address!r} is not an IPv4 address such as 239.1.1.1")
+        address = str(parse_address(what, address))
+    except RuleError as error:
+        raise UsageError(str(error)) from None
     if not colon and not needs_port:
         return address, None
     if not port.isdecimal() or not 1 <= int(port) <= PORT_MAX:
-        raise UsageError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon")
+        hint = f", as in [{address}]:5000" if is_ipv6(address) else ""
+        raise UsageError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon{hint}")
     return address, int(port)
 
 
 @click.argument("source", metavar="SOURCE[:PORT]")
 @click.argument("destination", metavar="GROUP:PORT")
 @click.option("--interface", metavar="I", help="Where it comes in. [default: the one in whose network SOURCE is]")
-@click.option("--ttl", type=click.IntRange(1, TTL_MAX), metavar="N", help="The TTL that it comes with.")
+@click.option("--ttl", type=click.IntRange(1, TTL_MAX), metavar="N", help="The TTL or hop limit that it comes with.")
 def explain(source: str, destination: str, interface: str | None, ttl: int | None, as_json: bool) -> None:
     """What would happen to a datagram from SOURCE to GROUP:PORT, step by step.
 
-    Exit status 0 when it would be relayed, 1 when not. Example: mcrctl explain 10.0.0.7 239.1.1.1:5000
+    Exit status 0 when it would be relayed, 1 when not. Examples: mcrctl explain 10.0.0.7 239.1.1.1:5000,
+    mcrctl explain fd00::7 [ff3e::1]:5000
     """
     path: Path = click.get_current_context().obj
     explanation = _explain(path, source, destination, interface, ttl)
@@ -60,6 +69,8 @@ def _explain(path: Path, source: str, destination: str, interface: str | None, t
     address, source_port = parse_endpoint(source, "source", needs_port=False)
     group, port = parse_endpoint(destination, "destination", needs_port=True)
     assert port is not None
+    if is_ipv6(address) is not is_ipv6(group):
+        raise UsageError(f"{address} never sends to {group}: give both as IPv4 addresses, or both as IPv6 ones")
     relay = running.ask(path, Files())
     if (refused := running.enter_network_of(relay.pid)) is not None:
         click.echo(f"warning: {refused}", err=True)
@@ -73,13 +84,14 @@ def _explain(path: Path, source: str, destination: str, interface: str | None, t
 
 
 def networks() -> dict[str, list[tuple[str, str]]]:
-    """IPv4 addresses with their netmasks, by interface."""
+    """Addresses with their netmasks, by interface."""
     import socket
 
     import psutil
 
+    families = (socket.AF_INET, socket.AF_INET6)
     return {
-        name: [(a.address, a.netmask) for a in addresses if a.family == socket.AF_INET and a.netmask]
+        name: [(a.address.partition("%")[0], a.netmask) for a in addresses if a.family in families and a.netmask]
         for name, addresses in psutil.net_if_addrs().items()
     }
 
@@ -98,15 +110,26 @@ def gather(relay: running.Running, files: Files) -> "Facts":
         interfaces=interfaces,
         flags={name: flags for name in interfaces if (flags := files.interface(name, "flags")) is not None},
         has_carrier={name: files.interface(name, "carrier") != 0 for name in interfaces},
-        joined=None if igmp is None else host.joined(igmp),
-        source_filters=host.source_filters(files.text("proc/net/mcfilter") or ""),
-        sockets=tuple(host.udp_sockets(files.text("proc/net/udp") or "")),
+        joined=None if igmp is None else host.joined(igmp, files.text("proc/net/igmp6") or ""),
+        source_filters=_source_filters(files),
+        sockets=tuple(
+            udp for name in ("udp", "udp6") for udp in host.udp_sockets(files.text(f"proc/net/{name}") or "")
+        ),
         own_inodes=None if inodes is None else frozenset(inodes),
         memberships_max=files.setting("net/ipv4/igmp_max_memberships"),
         ttl_default=files.setting("net/ipv4/ip_default_ttl") or DEFAULT_TTL,
+        hop_limits={name: files.setting(f"net/ipv6/conf/{name}/hop_limit") or DEFAULT_TTL for name in interfaces},
         rule_stats={rule["rule_id"]: rule for rule in relay.stats["rules"]},
         workers=relay.stats["workers"],
     )
+
+
+def _source_filters(files: Files) -> host.SourceFilters:
+    """Those of both families: their groups are told apart by their text."""
+    filters = host.source_filters(files.text("proc/net/mcfilter") or "")
+    for ifindex, groups in host.source_filters(files.text("proc/net/mcfilter6") or "").items():
+        filters.setdefault(ifindex, {}).update(groups)
+    return filters
 
 
 def show(explanation: "Explanation") -> None:

@@ -1,7 +1,8 @@
 """The host as the kernel's files show it: what explain and doctor read, below a root folder that tests can make.
 
 Only reads. What is missing or may not be read is None, never an error: a diagnosis goes on without it.
-Source: man 5 proc, net/ipv4/igmp.c (igmp_mc_seq_show, igmp_mcf_seq_show), net/core/net-procfs.c (softnet_seq_show).
+Source: man 5 proc, net/ipv4/igmp.c (igmp_mc_seq_show, igmp_mcf_seq_show), net/ipv6/mcast.c (igmp6_mc_seq_show,
+igmp6_mcf_seq_show), net/core/net-procfs.c (softnet_seq_show).
 """
 
 import socket
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from relay.addresses import unpacked
+
+NO_QUERIER = "V3"  # as the kernel writes it where it has heard none
 IFF_UP = 0x1  # linux/if.h
 IFF_LOOPBACK = 0x8
 IFF_MULTICAST = 0x1000
@@ -62,16 +66,16 @@ class Files:
 
 @dataclass
 class Joined:
-    """The groups of an interface, from /proc/net/igmp."""
+    """The groups of an interface, IPv4 and IPv6, from /proc/net/igmp and igmp6."""
 
     ifindex: int
     name: str
-    querier: str  # V1, V2: heard lately; V3: either heard or none at all
+    querier: str  # of IGMP; V1, V2: heard lately; V3: either heard or none at all
     groups: dict[str, int] = field(default_factory=dict)  # how many sockets joined
 
 
-def joined(text: str) -> dict[str, Joined]:
-    """/proc/net/igmp by interface name."""
+def joined(text: str, text6: str = "") -> dict[str, Joined]:
+    """/proc/net/igmp and /proc/net/igmp6 by interface name."""
     interfaces: dict[str, Joined] = {}
     current: Joined | None = None
     for line in text.splitlines()[1:]:
@@ -84,23 +88,40 @@ def joined(text: str) -> dict[str, Joined]:
         elif current is not None and len(words) >= 2:
             # %08X of a big-endian number as this machine has it
             current.groups[socket.inet_ntoa(struct.pack("=I", int(words[0], 16)))] = int(words[1])
+    for line in text6.splitlines():
+        words = line.split()
+        if len(words) == 6:
+            there = interfaces.setdefault(words[1], Joined(int(words[0]), words[1], NO_QUERIER))
+            there.groups[unpacked(bytes.fromhex(words[2]))] = int(words[3])
     return interfaces
 
 
-def source_filters(text: str) -> dict[tuple[str, str], dict[str, int]]:
-    """/proc/net/mcfilter: sources that sockets asked for, with their number, by interface name and group."""
-    filters: dict[tuple[str, str], dict[str, int]] = {}
+SourceFilters = dict[int, dict[str, dict[str, int]]]
+
+
+def source_filters(text: str) -> SourceFilters:
+    """/proc/net/mcfilter or mcfilter6: sources that sockets asked for, with their number, by ifindex and group.
+
+    The kernel begins with the first interface whose newest group has sources: of the others before it nothing is known.
+    """
+    filters: SourceFilters = {}
     for line in text.splitlines()[1:]:
         words = line.split()
         if len(words) == 6:
-            group, source = (socket.inet_ntoa(struct.pack(">I", int(word, 16))) for word in words[2:4])
-            filters.setdefault((words[1], group), {})[source] = int(words[4])
+            group, source = map(_filtered, words[2:4])
+            filters.setdefault(int(words[0]), {}).setdefault(group, {})[source] = int(words[4])
     return filters
+
+
+def _filtered(word: str) -> str:
+    if word.startswith("0x"):
+        return socket.inet_ntoa(struct.pack(">I", int(word, 16)))
+    return unpacked(bytes.fromhex(word))
 
 
 @dataclass(frozen=True)
 class UdpSocket:
-    """A line of /proc/net/udp."""
+    """A line of /proc/net/udp or udp6."""
 
     local: tuple[str, int]
     remote: tuple[str, int]
@@ -108,7 +129,7 @@ class UdpSocket:
 
 
 def udp_sockets(text: str) -> Iterator[UdpSocket]:
-    """/proc/net/udp."""
+    """/proc/net/udp or udp6."""
     for line in text.splitlines()[1:]:
         words = line.split()
         if len(words) >= 10:
@@ -118,7 +139,9 @@ def udp_sockets(text: str) -> Iterator[UdpSocket]:
 
 def _endpoint(word: str) -> tuple[str, int]:
     address, _, port = word.partition(":")
-    return socket.inet_ntoa(struct.pack("=I", int(address, 16))), int(port, 16)
+    # each word as this machine has it
+    raw = b"".join(struct.pack("=I", int(address[at : at + 8], 16)) for at in range(0, len(address), 8))
+    return socket.inet_ntoa(raw) if len(raw) == 4 else unpacked(raw), int(port, 16)
 
 
 def statistics(text: str, group: str) -> dict[str, int]:

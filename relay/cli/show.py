@@ -6,6 +6,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from relay.addresses import endpoint
 from relay.protection import LEG_NAMES
 from relay.rules import Rule, legs
 
@@ -24,8 +25,8 @@ TS_TROUBLE = (
 
 def _console() -> Console:
     # A pipe has no width: rows stay whole for grep.
-    console = Console(soft_wrap=False, highlight=False)
-    return console if console.is_terminal else Console(width=200, highlight=False)
+    console = Console(soft_wrap=False, highlight=False, markup=False)
+    return console if console.is_terminal else Console(width=200, highlight=False, markup=False)
 
 
 def _table(*columns: str) -> Table:
@@ -72,7 +73,7 @@ def _outputs(rule: dict[str, Any]) -> str:
     names = []
     for output in rule["outputs"]:
         ttl = f":{output['ttl']}" if output["ttl"] is not None else ""
-        names.append(f"{output['group']}:{output['port']}:{output['interface']}{ttl}")
+        names.append(f"{endpoint(output['group'], output['port'])}:{output['interface']}{ttl}")
     more = f" and {len(names) - SHOWN_OUTPUTS_MAX} more" if len(names) > SHOWN_OUTPUTS_MAX else ""
     return " ".join(names[:SHOWN_OUTPUTS_MAX]) + more
 
@@ -91,7 +92,7 @@ def rules(result: list[dict[str, Any]]) -> None:
     for rule in result:
         table.add_row(
             rule["rule_id"],
-            f"{rule['input_group']}:{rule['input_port']}{_second(rule)}",
+            endpoint(rule["input_group"], rule["input_port"]) + _second(rule),
             rule["input_interface"] or "any",
             rule["source"] or "any",
             _outputs(rule),

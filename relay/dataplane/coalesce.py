@@ -82,7 +82,7 @@ def log_first_packet(m: Any, t: Any, rule: int, batch: Any) -> None:
     """Log the first packet of a rule."""
     name = rule_name_at(t.rule_names, rule)
     write_event_about(
-        m.log_ingress, SEVERITY_INFO, events.FIRST_PACKET, 0, (batch.src, batch.sport),
+        m.log_ingress, SEVERITY_INFO, events.FIRST_PACKET, 0, (batch.src_first, batch.src_second, batch.sport),
         events.KEY_RULE, t.rule_names + int64(rule) * RULE_NAME_BYTES + NAME_OFFSET, name.length,
     )  # fmt: skip
 
@@ -124,7 +124,8 @@ def open_batch(m: Any, t: Any, entry_index: int, datagram: Any) -> int:
     m.batch_count += 1
     batch = batch_at(m.batches, batch_index)
     batch.entry = entry_index
-    batch.src = datagram.src
+    batch.src_first = datagram.src_first
+    batch.src_second = datagram.src_second
     batch.sport = datagram.sport
     batch.ttl = datagram.ttl
     batch.segment_bytes = datagram.segment_bytes
@@ -149,7 +150,10 @@ def fits(batch: Any, flags: int, datagram: Any) -> bool:
         and batch.iovecs < UDP_SEGMENTS_MAX
         and batch.datagrams + datagram.datagrams <= UDP_SEGMENTS_MAX
         and batch.bytes + datagram.payload_bytes <= UDP_PAYLOAD_MAX
-        and (not flags & ENTRY_VARIES_BY_SOURCE or batch.src == datagram.src)
+        and (
+            not flags & ENTRY_VARIES_BY_SOURCE
+            or (batch.src_second == datagram.src_second and batch.src_first == datagram.src_first)
+        )
         and (not flags & ENTRY_VARIES_BY_TTL or batch.ttl == datagram.ttl)
     )
 

@@ -18,10 +18,10 @@ DROPS_BY_CAUSE_FIRST: Final = 16  # plus the DropCause
 KEY_RULE: Final = pair_key("rule")
 
 FORMATS: Final[dict[int, str]] = {
-    FIRST_PACKET: "First packet of rule {rule} from {0:ip}:{1:port}",
+    FIRST_PACKET: "First packet of rule {rule} from {0:endpoint}",
     GSO_REFUSED: "Segmentation refused with errno {0:d} on output {1:d}, sending singly from now on",
     SENT: "Sent {1:d} datagrams, {2:d} bytes to output {0:d}",
-    RECEIVED: "Received {4:d} datagrams, {5:d} bytes from {0:ip}:{1:port} to {2:ip}:{3:port}",
+    RECEIVED: "Received {6:d} datagrams, {7:d} bytes from {0:endpoint} to {3:endpoint}",
     RING_FILL_ABOVE: "Ring {0:d} is over {1:d}% full",
     RING_FILL_BELOW: "Ring {0:d} is back under {1:d}%",
     **{

@@ -76,8 +76,16 @@ MMSGHDR: Final = np.dtype([("msg_hdr", MSGHDR), ("msg_len", "<u4"), ("pad", "<u4
 SOCKADDR_IN: Final = np.dtype(
     [("sin_family", "<u2"), ("sin_port", "<u2"), ("sin_addr", "<u4"), ("sin_zero", "u1", (8,))]
 )
+SOCKADDR_IN6: Final = np.dtype(
+    [
+        ("sin6_family", "<u2"),
+        ("sin6_port", "<u2"),
+        ("sin6_flowinfo", "<u4"),
+        ("sin6_addr", "u1", (16,)),
+        ("sin6_scope_id", "<u4"),
+    ]
+)
 
-AF_INET: Final = 2
 MSG_DONTWAIT: Final = 0x40
 MSG_NOSIGNAL: Final = 0x4000
 
@@ -106,16 +114,16 @@ IO_URING_CQE: Final = np.dtype([("user_data", "<i8"), ("res", "<i4"), ("flags", 
 # One control buffer a send: the three messages that a datagram can need, in this order.
 # Sizes are CMSG_SPACE of their payloads (man 3 cmsg).
 CMSG_UDP_SEGMENT_BYTES: Final = 24
-CMSG_IP_TTL_BYTES: Final = 24
+CMSG_TTL_BYTES: Final = 24  # IP_TTL or IPV6_HOPLIMIT
 CMSG_IP_PKTINFO_BYTES: Final = 32
-CMSG_BYTES: Final = CMSG_UDP_SEGMENT_BYTES + CMSG_IP_TTL_BYTES + CMSG_IP_PKTINFO_BYTES
+CMSG_IPV6_PKTINFO_BYTES: Final = 40
+CMSG_BYTES: Final = CMSG_UDP_SEGMENT_BYTES + CMSG_TTL_BYTES + CMSG_IPV6_PKTINFO_BYTES
 
 # What one SQE points to. It must stay in place until its completion is reaped.
 SEND_SLOT: Final = np.dtype(
     [
         ("msg", MSGHDR),
         ("iov", IOVEC),
-        ("name", SOCKADDR_IN),
         ("control", "u1", (CMSG_BYTES,)),
         ("output", "<i4"),
         ("batch", "<i4"),
@@ -126,14 +134,18 @@ SEND_SLOT: Final = np.dtype(
 )
 
 UDP_SEGMENTS_MAX: Final = 64  # UDP_MAX_SEGMENTS, linux/udp.h, before it was raised to 128
-UDP_PAYLOAD_MAX: Final = 65507  # 65535 less IPv4 and UDP headers
+UDP_PAYLOAD_MAX: Final = 65507  # 65535 less IPv4 and UDP headers; IPv6 would take 20 bytes more
 
-# Neighbouring datagrams that leave together. `entry` names the match, `src` and `ttl` are part of
+# Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, in two little-endian halves (relay/addresses.py):
+# both families are compared alike, and no byte is swapped.
+
+# Neighbouring datagrams that leave together. `entry` names the match, source and `ttl` are part of
 # its identity only when an output of that entry needs them.
 BATCH: Final = np.dtype(
     [
+        ("src_first", "<i8"),
+        ("src_second", "<i8"),
         ("entry", "<i4"),
-        ("src", "<u4"),
         ("ttl", "<i4"),
         ("segment_bytes", "<i4"),
         ("datagrams", "<i4"),
@@ -141,18 +153,19 @@ BATCH: Final = np.dtype(
         ("bytes", "<i4"),
         ("sealed", "<i4"),
         ("sport", "<i4"),
-        ("pad", "<i4"),
     ]
 )
 
 # A parsed datagram, or super-frame of `datagrams` datagrams of `segment_bytes`.
 DATAGRAM: Final = np.dtype(
     [
-        ("src", "<u4"),
-        ("dst", "<u4"),
+        ("src_first", "<i8"),
+        ("src_second", "<i8"),
+        ("dst_first", "<i8"),
+        ("dst_second", "<i8"),
         ("sport", "<i4"),
         ("dport", "<i4"),
-        ("ttl", "<i4"),
+        ("ttl", "<i4"),  # or hop limit
         ("datagrams", "<i4"),
         ("segment_bytes", "<i4"),
         ("payload_bytes", "<i4"),
@@ -179,7 +192,17 @@ TABLE_HEADER: Final = np.dtype(
         ("protected", "<i8"),
     ]
 )
-KEY: Final = np.dtype([("dst", "<u4"), ("src", "<u4"), ("port", "<u2"), ("ring", "<u2"), ("entry", "<i4")])
+KEY: Final = np.dtype(
+    [
+        ("dst_first", "<i8"),
+        ("dst_second", "<i8"),
+        ("src_first", "<i8"),  # both halves 0: any source
+        ("src_second", "<i8"),
+        ("port", "<u2"),
+        ("ring", "<u2"),
+        ("entry", "<i4"),
+    ]
+)
 ENTRY_HAS_SOURCES: Final = 1  # source-specific entries exist beside this one
 ENTRY_VARIES_BY_SOURCE: Final = 2  # some output preserves the source address
 ENTRY_VARIES_BY_TTL: Final = 4  # some output sends the incoming TTL less 1
@@ -199,17 +222,28 @@ OUTPUT_CONNECTED: Final = 1
 OUTPUT_PRESERVE_SOURCE: Final = 2
 OUTPUT_TTL_DECREMENT: Final = 4
 OUTPUT_WAITING: Final = 8  # has no socket: its interface is away, down or without an address
+OUTPUT_IPV6: Final = 16
 OUTPUT: Final = np.dtype(
     [
-        ("addr", "<u4"),  # network byte order, as sockaddr_in has it
-        ("port", "<u2"),  # network byte order
+        ("name", "u1", (SOCKADDR_IN6.itemsize,)),  # SOCKADDR_IN or SOCKADDR_IN6, as sendmsg takes it
+        ("name_bytes", "<u2"),
         ("flags", "<u2"),
         ("socket", "<i4"),  # index into the worker's table of egress descriptors
         ("gso_segment_bytes_max", "<i4"),  # MTU less headers
     ]
 )
-# An egress socket of this relay. `addr` 0: it preserves sources, so `dst` and `dport` decide.
-OWN_SOURCE: Final = np.dtype([("addr", "<u4"), ("dst", "<u4"), ("port", "<u2"), ("dport", "<u2"), ("used", "<u4")])
+# An egress socket of this relay. The address 0: it preserves sources, so destination and `dport` decide.
+OWN_SOURCE: Final = np.dtype(
+    [
+        ("src_first", "<i8"),
+        ("src_second", "<i8"),
+        ("dst_first", "<i8"),
+        ("dst_second", "<i8"),
+        ("port", "<u2"),
+        ("dport", "<u2"),
+        ("used", "<u4"),
+    ]
+)
 RULE_NAME_BYTES_MAX: Final = 64
 LOG_RULE_NAME_BYTES_MAX: Final = 20  # a log record's pair holds no more
 RULE_NAME: Final = np.dtype([("length", "<i4"), ("name", "u1", (LOG_RULE_NAME_BYTES_MAX,))])
@@ -384,8 +418,7 @@ class Payload(IntFlag):
 STREAM: Final = np.dtype(
     [
         ("number", "<i8"),  # counts the streams that were here, and is 0 while the record is empty or changes hands
-        ("src", "<u4"),
-        ("dst", "<u4"),
+        ("pad_hot", "<i8"),
         ("sport", "<u2"),
         ("dport", "<u2"),
         ("ring", "<u2"),
@@ -439,6 +472,12 @@ STREAM: Final = np.dtype(
         ("rate_pcr", "<i8"),
         ("rate_cells", "<i8"),
         ("bits_per_second", "<i8"),
+        # whose it is: looked at once a flow, not by each datagram
+        ("src_first", "<i8"),
+        ("src_second", "<i8"),
+        ("dst_first", "<i8"),
+        ("dst_second", "<i8"),
+        ("pad_last", "<i8", (4,)),
     ]
 )
 PID: Final = np.dtype(

@@ -101,7 +101,11 @@ def relay_frame(m: Any, t: Any, ring: Any, ring_index: int, slot: int) -> None:
     if m.trace:
         write_event(
             m.log_ingress, SEVERITY_DEBUG, events.RECEIVED, m.now_ns,
-            (datagram.src, datagram.sport, datagram.dst, datagram.dport, datagram.datagrams, datagram.payload_bytes),
+            (
+                datagram.src_first, datagram.src_second, datagram.sport,
+                datagram.dst_first, datagram.dst_second, datagram.dport,
+                datagram.datagrams, datagram.payload_bytes,
+            ),
         )  # fmt: skip
     observe(m, flow, datagram, ring_index)
     m.cells_at = cells_at(m, flow, datagram, slot, ring.frame_bytes)

@@ -17,10 +17,12 @@ from logging_shm.jit import compiled
 from relay.dataplane import events, layout
 from relay.dataplane.layout import (
     CMSG_IP_PKTINFO_BYTES,
-    CMSG_IP_TTL_BYTES,
+    CMSG_IPV6_PKTINFO_BYTES,
+    CMSG_TTL_BYTES,
     CMSG_UDP_SEGMENT_BYTES,
     ERRNO_MAX,
     OUTPUT_CONNECTED,
+    OUTPUT_IPV6,
     OUTPUT_PRESERVE_SOURCE,
     OUTPUT_TTL_DECREMENT,
     OUTPUT_WAITING,
@@ -52,8 +54,10 @@ UDP_SEGMENT = 103
 IPPROTO_IP = 0
 IP_TTL = 2
 IP_PKTINFO = 8
+IPPROTO_IPV6 = 41
+IPV6_PKTINFO = 50
+IPV6_HOPLIMIT = 52
 CMSG_HEADER_BYTES = 16
-SOCKADDR_IN_BYTES = 16
 SEVERITY_WARNING = 4
 SEVERITY_DEBUG = 7
 
@@ -76,7 +80,8 @@ IOVEC_BYTES = layout.IOVEC.itemsize
 BATCH_IOVECS_BYTES = layout.UDP_SEGMENTS_MAX * IOVEC_BYTES
 ERRNO_COUNTS_OFFSET = offset_of(layout.STATS_HEADER, "errno_counts")
 DROPS_OFFSET = offset_of(layout.STATS_HEADER, "drops")
-NAME_OFFSET = offset_of(SEND_SLOT, "name")
+OUTPUT_BYTES = layout.OUTPUT.itemsize
+NAME_OFFSET = offset_of(layout.OUTPUT, "name")
 IOV_OFFSET = offset_of(SEND_SLOT, "iov")
 CONTROL_OFFSET = offset_of(SEND_SLOT, "control")
 DROP_TTL = int(DropCause.TTL)
@@ -85,39 +90,42 @@ DROP_SEND_ERROR = int(DropCause.SEND_ERROR)
 
 
 @compiled
-def swap32(value: int) -> int:
-    """`value` with its four bytes reversed."""
-    return ((value & 0xFF) << 24) | ((value & 0xFF00) << 8) | ((value >> 8) & 0xFF00) | ((value >> 24) & 0xFF)
+def write_header(at: int, payload_bytes: int, level: int, kind: int) -> None:
+    """Write a cmsghdr."""
+    store_i64(at, CMSG_HEADER_BYTES + payload_bytes)
+    store_i32(at + 8, level)
+    store_i32(at + 12, kind)
 
 
 @compiled
-def write_control(control: int, segment_bytes: int, ttl: int, source: int) -> int:
+def write_control(control: int, is_ipv6: bool, segment_bytes: int, ttl: int, src_first: int, src_second: int) -> int:
     """Write the control messages at `control`; return their length. 0 leaves a message out.
 
-    `source` is in host order. man 7 udp (UDP_SEGMENT), man 7 ip (IP_TTL, IP_PKTINFO's ipi_spec_dst).
+    man 7 udp (UDP_SEGMENT), man 7 ip (IP_TTL, IP_PKTINFO's ipi_spec_dst), RFC 3542 (IPV6_HOPLIMIT, IPV6_PKTINFO: the
+    interface is the socket's).
     """
     at = control
     if segment_bytes:
-        store_i64(at, CMSG_HEADER_BYTES + 2)
-        store_i32(at + 8, SOL_UDP)
-        store_i32(at + 12, UDP_SEGMENT)
+        write_header(at, 2, SOL_UDP, UDP_SEGMENT)
         store_u16(at + CMSG_HEADER_BYTES, segment_bytes)
         at += CMSG_UDP_SEGMENT_BYTES
     if ttl:
-        store_i64(at, CMSG_HEADER_BYTES + 4)
-        store_i32(at + 8, IPPROTO_IP)
-        store_i32(at + 12, IP_TTL)
+        write_header(at, 4, IPPROTO_IPV6 if is_ipv6 else IPPROTO_IP, IPV6_HOPLIMIT if is_ipv6 else IP_TTL)
         store_i32(at + CMSG_HEADER_BYTES, ttl)
-        at += CMSG_IP_TTL_BYTES
-    if source:
-        store_i64(at, CMSG_HEADER_BYTES + 12)
-        store_i32(at + 8, IPPROTO_IP)
-        store_i32(at + 12, IP_PKTINFO)
-        store_i32(at + CMSG_HEADER_BYTES, 0)
-        store_i32(at + CMSG_HEADER_BYTES + 4, swap32(source))
-        store_i32(at + CMSG_HEADER_BYTES + 8, 0)
-        at += CMSG_IP_PKTINFO_BYTES
-    return at - control
+        at += CMSG_TTL_BYTES
+    if src_first == 0 and src_second == 0:
+        return at - control
+    if is_ipv6:
+        write_header(at, 20, IPPROTO_IPV6, IPV6_PKTINFO)
+        store_i64(at + CMSG_HEADER_BYTES, src_first)
+        store_i64(at + CMSG_HEADER_BYTES + 8, src_second)
+        store_i32(at + CMSG_HEADER_BYTES + 16, 0)
+        return at + CMSG_IPV6_PKTINFO_BYTES - control
+    write_header(at, 12, IPPROTO_IP, IP_PKTINFO)
+    store_i32(at + CMSG_HEADER_BYTES, 0)
+    store_i32(at + CMSG_HEADER_BYTES + 4, src_second >> 32)
+    store_i32(at + CMSG_HEADER_BYTES + 8, 0)
+    return at + CMSG_IP_PKTINFO_BYTES - control
 
 
 @compiled
@@ -138,23 +146,25 @@ def push(
     index = m.sq_tail & m.sq_mask
     batch = batch_at(m.batches, batch_index)
     output = output_at(t.outputs, output_index)
+    flags = int64(output.flags)
     slot = slot_at(m.slots, index)
     address = m.slots + index * SLOT_BYTES
     message = slot.msg
     message.msg_iov = iov
     message.msg_iovlen = iovecs
-    if output.flags & OUTPUT_CONNECTED:
+    if flags & OUTPUT_CONNECTED:
         message.msg_name = 0
         message.msg_namelen = 0
-    else:
-        slot.name.sin_port = output.port
-        slot.name.sin_addr = output.addr
-        message.msg_name = address + NAME_OFFSET
-        message.msg_namelen = SOCKADDR_IN_BYTES
+    else:  # the table stays in place until all is sent
+        message.msg_name = t.outputs + output_index * OUTPUT_BYTES + NAME_OFFSET
+        message.msg_namelen = output.name_bytes
     control = address + CONTROL_OFFSET
-    ttl = int64(batch.ttl) - 1 if output.flags & OUTPUT_TTL_DECREMENT else 0
-    source = int64(batch.src) if output.flags & OUTPUT_PRESERVE_SOURCE else 0
-    control_bytes = write_control(control, segment_bytes, ttl, source)
+    ttl = int64(batch.ttl) - 1 if flags & OUTPUT_TTL_DECREMENT else 0
+    is_ipv6 = flags & OUTPUT_IPV6 != 0
+    if flags & OUTPUT_PRESERVE_SOURCE:
+        control_bytes = write_control(control, is_ipv6, segment_bytes, ttl, batch.src_first, batch.src_second)
+    else:
+        control_bytes = write_control(control, is_ipv6, segment_bytes, ttl, 0, 0)
     message.msg_control = control if control_bytes else 0
     message.msg_controllen = control_bytes
     slot.output = output_index

@@ -15,7 +15,7 @@ from logging_shm.atomics import int64, store_i64, store_release_i64
 from logging_shm.jit import compiled
 from relay.dataplane import mpegts, rtp
 from relay.dataplane.layout import PID, PIDS_MAX, STREAM, STREAMS_MAX, Payload
-from relay.dataplane.match import NO_ENTRY, hash_key, match
+from relay.dataplane.match import NO_ENTRY, fold, hash_key, match
 from relay.dataplane.memory import (
     FLOWS,
     NO_STREAM,
@@ -40,8 +40,10 @@ MPEG_TS = int(Payload.MPEG_TS)
 
 
 @compiled
-def index_slot(src: int, dst: int, sport: int, dport: int, ring: int) -> int:
-    """Where to look for a stream first."""
+def index_slot(addressed: Any, ring: int) -> int:
+    """Where to look first for the stream of a DATAGRAM, or for a STREAM."""
+    src, dst = fold(addressed.src_first, addressed.src_second), fold(addressed.dst_first, addressed.dst_second)
+    sport, dport = int64(addressed.sport), int64(addressed.dport)
     return hash_key(dst, dport, ring, src + sport * 0x10001) & (STREAM_INDEX_SLOTS - 1)
 
 
@@ -53,9 +55,7 @@ def rebuild_index(m: Any) -> None:
     for number in range(STREAMS_MAX):
         stream = stream_at(m.streams, number)
         if stream.number:
-            slot = index_slot(
-                int64(stream.src), int64(stream.dst), int64(stream.sport), int64(stream.dport), int64(stream.ring)
-            )
+            slot = index_slot(stream, int64(stream.ring))
             while i32_at(m.stream_index, slot).value:
                 slot = (slot + 1) & (STREAM_INDEX_SLOTS - 1)
             i32_at(m.stream_index, slot).value = number + 1
@@ -96,17 +96,17 @@ def free_record(m: Any) -> int:
 @compiled
 def find_stream(m: Any, datagram: Any, ring: int) -> int:
     """The record of a DATAGRAM's stream, a new one if need be; NO_STREAM when there is no room."""
-    src, dst = int64(datagram.src), int64(datagram.dst)
-    sport, dport = int64(datagram.sport), int64(datagram.dport)
-    slot = index_slot(src, dst, sport, dport, ring)
+    slot = index_slot(datagram, ring)
     while i32_at(m.stream_index, slot).value:
         number = int64(i32_at(m.stream_index, slot).value) - 1
         known = stream_at(m.streams, number)
         if (
-            known.src == src
-            and known.dst == dst
-            and known.sport == sport
-            and known.dport == dport
+            known.src_second == datagram.src_second
+            and known.src_first == datagram.src_first
+            and known.dst_second == datagram.dst_second
+            and known.dst_first == datagram.dst_first
+            and known.sport == datagram.sport
+            and known.dport == datagram.dport
             and known.ring == ring
         ):
             return number
@@ -115,11 +115,12 @@ def find_stream(m: Any, datagram: Any, ring: int) -> int:
     if number == NO_STREAM:
         return NO_STREAM
     stream = stream_at(m.streams, number)
-    stream.src, stream.dst = src, dst
-    stream.sport, stream.dport, stream.ring = sport, dport, ring
+    stream.src_first, stream.src_second = datagram.src_first, datagram.src_second
+    stream.dst_first, stream.dst_second = datagram.dst_first, datagram.dst_second
+    stream.sport, stream.dport, stream.ring = datagram.sport, datagram.dport, ring
     stream.first_ns = stream.last_ns = m.now_ns
     stream.received_ns = datagram.received_ns
-    slot = index_slot(src, dst, sport, dport, ring)  # the index may have been rebuilt
+    slot = index_slot(datagram, ring)  # the index may have been rebuilt
     while i32_at(m.stream_index, slot).value:
         slot = (slot + 1) & (STREAM_INDEX_SLOTS - 1)
     i32_at(m.stream_index, slot).value = number + 1
@@ -134,9 +135,7 @@ def prune(m: Any, t: Any) -> None:
     """Empty the records of streams that no rule asks for any more. Between two passes."""
     for number in range(STREAMS_MAX):
         stream = stream_at(m.streams, number)
-        if stream.number and (
-            match(t, int64(stream.dst), int64(stream.dport), int64(stream.ring), int64(stream.src)) == NO_ENTRY
-        ):
+        if stream.number and match(t, stream, int64(stream.dport), int64(stream.ring)) == NO_ENTRY:
             empty(m, number)
     rebuild_index(m)
     for i in range(FLOWS):

@@ -7,16 +7,20 @@ between two passes, so no packet ever sees half a change.
 import fcntl
 import mmap
 import os
+import socket
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from relay.addresses import ANY, Halves, halves, is_ipv6
 from relay.dataplane import layout
-from relay.dataplane.hashing import hash_key
+from relay.dataplane.hashing import fold, hash_key
 from relay.dataplane.memory import TABLE_ENTRIES_MAX, address_of
 from relay.errors import RuleError
+from relay.sockaddr import scope
 
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 ALIGNMENT_BYTES = 64
@@ -37,16 +41,17 @@ SECTIONS: tuple[tuple[str, str, Any], ...] = (
 
 @dataclass(frozen=True)
 class TableOutput:
-    """An output as the data plane needs it. Addresses and ports in host order."""
+    """An output as the data plane needs it."""
 
     slot: int  # of its counters
-    address: int
+    address: str
     port: int
     socket: int  # number of the egress socket
     gso_segment_bytes_max: int
     connected: bool
     ttl_decrement: bool
     waiting: bool = False  # has no socket
+    ifindex: int = 0  # of its interface, the scope of a link-local IPv6 address
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,9 @@ class TableRule:
 
     slot: int  # of its counters
     name: str
-    group: int
+    group: str
     port: int
-    source: int  # 0: any
+    source: str | None  # None: any
     rings: tuple[int, ...]  # ingress interfaces, by number
     preserve_source: bool
     outputs: tuple[TableOutput, ...]
@@ -78,11 +83,11 @@ class TableRule:
 
 @dataclass(frozen=True)
 class OwnSource:
-    """An egress socket of this relay; `address` 0 when it preserves sources."""
+    """An egress socket of this relay; `address` None when it preserves sources."""
 
-    address: int
+    address: str | None
     port: int
-    destination: int
+    destination: str
     destination_port: int
 
 
@@ -92,7 +97,7 @@ class _Entry:
     has_sources: bool = False
 
 
-_Key = tuple[int, int, int, int]  # destination, port, ring, source
+_Key = tuple[Halves, int, int, Halves]  # destination, port, ring, source
 
 
 def _power_of_two_above(count: int) -> int:
@@ -103,14 +108,15 @@ def _entries(rules: Iterable[TableRule]) -> dict[_Key, _Entry]:
     """Group rules by key. An entry with a source holds the rules without one, too."""
     entries: dict[_Key, _Entry] = {}
     for rule in rules:
+        group, source = halves(rule.group), halves(rule.source) if rule.source else ANY
         for ring in rule.rings:
-            if rule.source:
-                wildcard = entries.setdefault((rule.group, rule.port, ring, 0), _Entry())
+            if source != ANY:
+                wildcard = entries.setdefault((group, rule.port, ring, ANY), _Entry())
                 wildcard.has_sources = True
-            entries.setdefault((rule.group, rule.port, ring, rule.source), _Entry()).rules.append(rule)
+            entries.setdefault((group, rule.port, ring, source), _Entry()).rules.append(rule)
     for (group, port, ring, source), entry in entries.items():
-        if source:
-            entry.rules += entries[group, port, ring, 0].rules
+        if source != ANY:
+            entry.rules += entries[group, port, ring, ANY].rules
     return entries
 
 
@@ -132,11 +138,11 @@ def _hash_keys(keys: Sequence[_Key]) -> Any:
     mask = len(table) - 1
     used = np.zeros(len(table), bool)
     for index, (group, port, ring, source) in enumerate(keys):
-        slot = hash_key(group, port, ring, source) & mask
+        slot = hash_key(fold(*group), port, ring, fold(*source)) & mask
         while used[slot]:
             slot = (slot + 1) & mask
         used[slot] = True
-        table[slot] = (group, source, port, ring, index)
+        table[slot] = (*group, *source, port, ring, index)
     return table
 
 
@@ -149,16 +155,17 @@ def _hash_own(own: Sequence[OwnSource]) -> Any:
         while used[slot]:
             slot = (slot + 1) & mask
         used[slot] = True
-        table[slot] = (source.address, source.destination, source.port, source.destination_port, 1)
+        address = halves(source.address) if source.address else ANY
+        table[slot] = (*address, *halves(source.destination), source.port, source.destination_port, 1)
     return table
 
 
-def _swap16(value: int) -> int:
-    return int.from_bytes(value.to_bytes(2, "big"), "little")
-
-
-def _swap32(value: int) -> int:
-    return int.from_bytes(value.to_bytes(4, "big"), "little")
+def sockaddr(address: str, port: int, ifindex: int) -> bytes:
+    """struct sockaddr_in, or sockaddr_in6 with a scope where the address has one (RFC 4007)."""
+    if not is_ipv6(address):
+        return struct.pack("=HH4s8x", socket.AF_INET, socket.htons(port), socket.inet_aton(address))
+    raw = socket.inet_pton(socket.AF_INET6, address)
+    return struct.pack("=HHI16sI", socket.AF_INET6, socket.htons(port), 0, raw, scope(address, ifindex))
 
 
 def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generation: int) -> bytes:
@@ -195,9 +202,11 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
             flags |= layout.OUTPUT_PRESERVE_SOURCE if rule.preserve_source else 0
             flags |= layout.OUTPUT_TTL_DECREMENT if output.ttl_decrement else 0
             flags |= layout.OUTPUT_WAITING if output.waiting else 0
+            flags |= layout.OUTPUT_IPV6 if is_ipv6(output.address) else 0
+            address = sockaddr(output.address, output.port, output.ifindex)
             outputs[output.slot] = (
-                _swap32(output.address),
-                _swap16(output.port),
+                np.frombuffer(address.ljust(layout.SOCKADDR_IN6.itemsize, b"\0"), np.uint8),
+                len(address),
                 flags,
                 output.socket,
                 output.gso_segment_bytes_max,

@@ -10,15 +10,15 @@ Source: man 3 libnftables, man 8 nft, net/netfilter/nf_tables_api.c (NFT_TABLE_F
 """
 
 import ctypes
-from collections.abc import Collection, Mapping
-from ipaddress import IPv4Address
+from collections.abc import Collection, Iterator, Mapping
 
+from relay.addresses import is_ipv6
 from relay.errors import PreflightError, RelayError
 
 LIBRARY = "libnftables.so.1"
 UNQUOTABLE = '"\\'
 
-Input = tuple[int, int]  # destination address and port, host order
+Input = tuple[str, int]  # destination address and port
 Interface = tuple[str, int]  # name, ifindex
 
 
@@ -40,7 +40,8 @@ def _load() -> ctypes.CDLL:
 
 
 class Exclusive:
-    """One nftables table of family netdev: a set of inputs and a chain at the ingress hook for each interface.
+    """One nftables table of family netdev: for each interface a set of inputs of each IP version, and a chain at the
+    ingress hook.
 
     Interfaces' names must be the kernel's own: libnftables aborts the process over one that is too long.
     """
@@ -78,12 +79,11 @@ class Exclusive:
             self._context = None
 
     def _difference(self, wanted: Mapping[Interface, set[Input]]) -> list[str]:
-        commands = []
+        commands: list[str] = []
         for (name, index), inputs in wanted.items():
             former = self._dropped[name, index]
-            for verb, elements in (("delete", former - inputs), ("add", inputs - former)):
-                if elements:
-                    commands.append(f"{verb} element netdev {self.table} inputs_{index} {_elements(elements)}")
+            commands += self._change("delete", index, former - inputs)
+            commands += self._change("add", index, inputs - former)
         return commands
 
     def _everything(self, wanted: Mapping[Interface, set[Input]]) -> list[str]:
@@ -94,14 +94,23 @@ class Exclusive:
                 raise RelayError(f"interface {name} can't be exclusive: its name has a quote or a backslash")
             commands += [
                 f"add set netdev {self.table} inputs_{index} {{ type ipv4_addr . inet_service; }}",
+                f"add set netdev {self.table} inputs6_{index} {{ type ipv6_addr . inet_service; }}",
                 f"add chain netdev {self.table} ingress_{index} "
                 f'{{ type filter hook ingress device "{name}" priority 0; policy accept; }}',
                 f"add rule netdev {self.table} ingress_{index} "
                 f"ip frag-off & 0x3fff == 0 ip daddr . udp dport @inputs_{index} counter drop",
+                f"add rule netdev {self.table} ingress_{index} "
+                f"exthdr frag missing ip6 daddr . udp dport @inputs6_{index} counter drop",
             ]
-            if inputs:
-                commands.append(f"add element netdev {self.table} inputs_{index} {_elements(inputs)}")
+            commands += self._change("add", index, inputs)
         return commands
+
+    def _change(self, verb: str, index: int, inputs: Collection[Input]) -> Iterator[str]:
+        """Add or delete elements of an interface's sets."""
+        for name, is_of_set in ((f"inputs_{index}", False), (f"inputs6_{index}", True)):
+            elements = [(address, port) for address, port in inputs if is_ipv6(address) is is_of_set]
+            if elements:
+                yield f"{verb} element netdev {self.table} {name} {_elements(elements)}"
 
     def _run(self, commands: list[str]) -> None:
         if not commands:
@@ -114,4 +123,4 @@ class Exclusive:
 
 
 def _elements(inputs: Collection[Input]) -> str:
-    return "{ " + ", ".join(f"{IPv4Address(address)} . {port}" for address, port in sorted(inputs)) + " }"
+    return "{ " + ", ".join(f"{address} . {port}" for address, port in sorted(inputs)) + " }"

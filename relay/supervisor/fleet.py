@@ -17,6 +17,7 @@ import msgspec
 
 from logging_shm import LevelPolicy, SharedMemoryLogManager
 from relay import bpf
+from relay.addresses import endpoint
 from relay.dataplane import events, layout
 from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
@@ -35,7 +36,7 @@ from relay.messages import (
     SetSockets,
     SetTable,
 )
-from relay.rules import Leg, Output, Rule, address_number, limits_of
+from relay.rules import Leg, Output, Rule, limits_of
 from relay.supervisor import room
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -190,7 +191,7 @@ class Worker:
         self.is_out_of_step = False
 
 
-Place = tuple[int, int]  # group, port
+Place = tuple[str, int]  # group, port
 RingKey = tuple[str, bool]  # interface, and whether it is the ring of its protected inputs
 
 
@@ -395,8 +396,8 @@ class Fleet:
             try:
                 if len(opened) >= room_left:
                     raise RelayError(
-                        f"output {key.group}:{key.port} on {key.interface}: {room.limit_now()} files may be open, "
-                        f"and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
+                        f"output {endpoint(key.group, key.port)} on {key.interface}: {room.limit_now()} files may be "
+                        f"open, and {room.RESERVE} are kept for the relay itself: {room.REMEDY}"
                     )
                 sock = open_egress(key)
             except RelayError as error:
@@ -454,7 +455,7 @@ class Fleet:
         So it is in rings that an input has `left`, and where the kernel has refused a ring for it.
         """
         for number, (leg, interfaces) in enumerate(planned.inputs):
-            place = address_number(leg.group), leg.port
+            place = leg.group, leg.port
             keys = [key for name in interfaces if (key := self._key(name, place)) in self._rings]
             protection = self.protections.of_table(planned.rule, number)
             merged = [key for key in keys if key[1] or protection is None]
@@ -478,21 +479,22 @@ class Fleet:
             outputs.append(
                 TableOutput(
                     slot=self.output_slots[rule.rule_id, output],
-                    address=address_number(output.group),
+                    address=output.group,
                     port=output.port,
                     socket=0 if key is None else self._egress[key][0],
                     gso_segment_bytes_max=0 if key is None else key.gso_segment_bytes_max,
                     connected=key is not None and key.is_connected,
                     ttl_decrement=output.ttl == "decrement",
                     waiting=key is None,
+                    ifindex=0 if key is None else key.ifindex,
                 )
             )
         return TableRule(
             slot=self.rule_slots[rule.rule_id],
             name=rule.rule_id,
-            group=address_number(leg.group),
+            group=leg.group,
             port=leg.port,
-            source=address_number(leg.source) if leg.source else 0,
+            source=leg.source,
             rings=rings,
             preserve_source=rule.preserve_source,
             outputs=tuple(outputs),
@@ -503,9 +505,9 @@ class Fleet:
     def _own_sources(self) -> list[OwnSource]:
         return [
             OwnSource(
-                address=0 if key.preserve_source else address_number(key.address),
+                address=None if key.preserve_source else key.address,
                 port=sock.getsockname()[1],
-                destination=address_number(key.group),
+                destination=key.group,
                 destination_port=key.port,
             )
             for key, (_, sock) in self._egress.items()
@@ -526,6 +528,10 @@ class Fleet:
             for ring in self._rings.values()
             if not all(is_bound(worker.rings[ring.number]) for worker in self._readers(ring))
         }
+
+    def has_lapsed_joins(self) -> bool:
+        """Whether the kernel has dropped joins, which `begin` makes anew."""
+        return bool(self._memberships.lapsed())
 
     def _replace_rings(self, plan: Plan, warnings: list[str]) -> None:
         """Open rings on interfaces that came, close those of interfaces that went.
@@ -682,7 +688,7 @@ class Fleet:
     def inputs_of(self, planned: PlannedRule) -> Iterator[tuple[Leg, int]]:
         """Where a rule takes in: each leg with the number of each ring that it comes by."""
         for leg, interfaces in planned.inputs:
-            place = address_number(leg.group), leg.port
+            place = leg.group, leg.port
             for name in interfaces:
                 ring = self._rings.get(self._key(name, place))
                 if ring is not None:

@@ -22,6 +22,7 @@ import msgspec
 import posix_ipc
 
 from logging_shm.segment import process_start_ticks
+from relay.addresses import family
 from relay.dataplane import layout
 from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsHeader, StatsSegment
@@ -281,7 +282,8 @@ class Orphans:
         found = {}
         for membership in kept:
             sock = self.kept.sockets.get(membership.socket)
-            if sock is not None and (sock.family, sock.type) == (socket.AF_INET, socket.SOCK_DGRAM):
+            expected = family(membership.listen.address), socket.SOCK_DGRAM
+            if sock is not None and (sock.family, sock.type) == expected:
                 found[membership.listen] = sock
         for membership in kept:
             self.kept.sockets.pop(membership.socket, None)

@@ -6,9 +6,11 @@ The supervisor compares a plan with what is open and changes only the difference
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from relay.addresses import is_ipv6, is_multicast
 from relay.dataplane.layout import PROTECTIONS_MAX, RINGS_MAX
 from relay.errors import RuleError
-from relay.rules import Leg, Output, Rule, address_number, check_room, is_multicast, legs
+from relay.rules import Leg, Output, Rule, check_room, legs
+from relay.sockaddr import is_of_link
 from relay.supervisor.egress import EgressKey, egress_key
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.membership import Listen
@@ -52,8 +54,8 @@ class Plan:
     rules: list[PlannedRule] = field(default_factory=list)
     rings: dict[str, int] = field(default_factory=dict)  # interface name → ifindex
     listens: set[Listen] = field(default_factory=set)
-    admitted: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # by interface name
-    protected: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # of those, what one worker must read
+    admitted: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # by interface name
+    protected: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # of those, what one worker must read
 
     def refuse(self, refused: Mapping[EgressKey, str]) -> None:
         """Let the outputs wait whose socket the kernel refused, with its reason."""
@@ -77,7 +79,7 @@ def _plan_output(rule: Rule, output: Output, interfaces: Mapping[str, Interface]
     interface = interfaces.get(output.interface)
     if interface is None:
         return PlannedOutput(output, None, f"interface {output.interface} does not exist")
-    fault = interface.fault()
+    fault = interface.fault(is_ipv6(output.group))
     if fault is not None:
         return PlannedOutput(output, None, fault)
     ttl = output.ttl if isinstance(output.ttl, int) else None
@@ -99,7 +101,7 @@ def make_plan(rules: Iterable[Rule], interfaces: Mapping[str, Interface], defaul
             names |= dict.fromkeys(wanted)
             existing.append(tuple(name for name in wanted if name in interfaces))
             missing = [f"interface {name} does not exist" for name in wanted if name not in interfaces]
-            missing += [fault for name in existing[-1] if (fault := interfaces[name].fault())]
+            missing += [fault for name in existing[-1] if (fault := interfaces[name].fault(is_ipv6(leg.group)))]
             faults.append(missing[0] if missing else None)
             _plan_input(plan, leg, existing[-1], interfaces, rule.secondary is not None)
         planned = tuple(_plan_output(rule, output, interfaces) for output in rule.outputs)
@@ -120,7 +122,7 @@ def _plan_input(
     plan: Plan, leg: Leg, existing: Sequence[str], interfaces: Mapping[str, Interface], is_protected: bool
 ) -> None:
     multicast = is_multicast(leg.group)
-    place = address_number(leg.group), leg.port
+    place = leg.group, leg.port
     for name in existing:
         plan.admitted.setdefault(name, set()).add(place)
         if is_protected:
@@ -128,4 +130,10 @@ def _plan_input(
         if multicast:
             plan.listens.add(Listen(leg.group, 0, interfaces[name].index, leg.source))
     if not multicast:
-        plan.listens.add(Listen(leg.group, leg.port, 0, None))
+        plan.listens |= _held(leg, existing, interfaces)
+
+
+def _held(leg: Leg, existing: Sequence[str], interfaces: Mapping[str, Interface]) -> set[Listen]:
+    """A unicast input, which is held once for all interfaces, unless it exists once a link."""
+    indexes = [interfaces[name].index for name in existing] if is_of_link(leg.group) else [0]
+    return {Listen(leg.group, leg.port, index, None) for index in indexes}

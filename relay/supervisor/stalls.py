@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from logging_shm import Logger
+from relay.addresses import Halves, endpoint, halves, text_of
 from relay.health import used_records
-from relay.rules import Rule, address_number
+from relay.rules import Rule
 from relay.supervisor.fleet import Fleet, Worker
 
 PERIOD_S_MIN, PERIOD_S_MAX = 0.05, 1.0
 TOLD_MAX = 20  # of one look: anybody may send from a thousand ports, once from each
-FIELDS = ("number", "src", "sport", "dst", "dport", "ring", "last_ns", "gaps", "gap_ns")
+ADDRESSES = ("src_first", "src_second", "dst_first", "dst_second")
+FIELDS = ("number", *ADDRESSES, "sport", "dport", "ring", "last_ns", "gaps", "gap_ns")
 NS_PER_MS = 1_000_000
 
-Input = tuple[int, int, int]  # group, port, ring
+Input = tuple[Halves, int, int]  # group, port, ring
 
 
 @dataclass
@@ -57,7 +59,7 @@ class StallWatch:
             rule = planned.rule
             if rule.stall_ms is not None and rule.secondary is None:  # silent legs are told by protection_watch.py
                 for leg, number in self._fleet.inputs_of(planned):
-                    watched[address_number(leg.group), leg.port, number].append(rule)
+                    watched[halves(leg.group), leg.port, number].append(rule)
         self._watched = dict(watched)
 
     def look(self) -> None:
@@ -79,10 +81,11 @@ class StallWatch:
         """The streams of a worker that rules watch; a worker may have written anything."""
         for values in worker.stats.streams[used_records(worker.stats)][list(FIELDS)].tolist():
             stream: dict[str, int] = dict(zip(FIELDS, values, strict=True))
-            for rule in self._watched.get((stream["dst"], stream["dport"], stream["ring"]), ()):
-                if rule.source is None or address_number(rule.source) == stream["src"]:
-                    address = ".".join(str(byte) for byte in stream["src"].to_bytes(4, "big"))
-                    yield stream, rule, f"{address}:{stream['sport']}"
+            source = (stream["src_first"], stream["src_second"])
+            group = (stream["dst_first"], stream["dst_second"])
+            for rule in self._watched.get((group, stream["dport"], stream["ring"]), ()):
+                if rule.source is None or halves(rule.source) == source:
+                    yield stream, rule, endpoint(text_of(*source), stream["sport"])
 
     def _judge(self, known: Known, stream: dict[str, int], silent_ns: int, rule: Rule, sender: str) -> None:
         """Compare with the last look, tell what is new, and remember."""

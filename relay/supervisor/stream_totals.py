@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from relay.addresses import Halves, halves
 from relay.dataplane.layout import COUNT_MAX, Payload
 from relay.health import MpegTsTotals, RtpTotals
-from relay.rules import address_number
 from relay.stream_growth import COUNTED, RTP_COUNTED, Growth
 from relay.supervisor.fleet import Fleet
 
-Input = tuple[int, int, int, int | None]  # group, port, ring, source if it is one's own
+Input = tuple[Halves, int, int, Halves | None]  # group, port, ring, source if it is one's own
 
 
 @dataclass
@@ -66,8 +66,10 @@ class StreamTotals:
             look = growth.look()
             is_told = look.is_new | has_new_rules
             news = [array[is_told].tolist() for array in (look.addresses, look.carried, look.added)]
-            for (group, port, ring, source), carried, counts in zip(*news, strict=True):
-                for key in ((group, port, ring, None), (group, port, ring, source)):
+            for address, carried, counts in zip(*news, strict=True):
+                group, source, (port, ring) = (address[0], address[1]), (address[4], address[5]), address[2:4]
+                keys: tuple[Input, ...] = ((group, port, ring, None), (group, port, ring, source))
+                for key in keys:
                     if key in self._inputs:
                         added[key].add(carried, counts)
         for key, totals in added.items():
@@ -82,8 +84,8 @@ class StreamTotals:
         inputs: dict[Input, list[str]] = defaultdict(list)
         for planned in self._fleet.plan.rules:
             for leg, number in self._fleet.inputs_of(planned):
-                source = None if leg.source is None else address_number(leg.source)
-                inputs[address_number(leg.group), leg.port, number, source].append(planned.rule.rule_id)
+                source = None if leg.source is None else halves(leg.source)
+                inputs[halves(leg.group), leg.port, number, source].append(planned.rule.rule_id)
         self._inputs = dict(inputs)
         present = {planned.rule.rule_id for planned in self._fleet.plan.rules}
         self._totals = {rule_id: totals for rule_id, totals in self._totals.items() if rule_id in present}

@@ -4,10 +4,11 @@ from collections import defaultdict
 
 import msgspec
 
+from relay.addresses import endpoint
 from relay.health import StreamHealth, streams
 from relay.supervisor.fleet import Fleet
 
-Input = tuple[str, str]  # "group:port", interface
+Input = tuple[str, str]  # as endpoint() writes it, interface
 
 
 def inputs_of(fleet: Fleet) -> dict[Input, list[tuple[str, str | None]]]:
@@ -16,7 +17,7 @@ def inputs_of(fleet: Fleet) -> dict[Input, list[tuple[str, str | None]]]:
     for planned in fleet.plan.rules:
         for leg, interfaces in planned.inputs:
             for interface in interfaces:
-                found[f"{leg.group}:{leg.port}", interface].append((planned.rule.rule_id, leg.source))
+                found[endpoint(leg.group, leg.port), interface].append((planned.rule.rule_id, leg.source))
     return found
 
 
@@ -32,7 +33,7 @@ def streams_by_rule(fleet: Fleet) -> dict[str, list[StreamHealth]]:
         if interface is None:
             continue
         named = msgspec.structs.replace(stream, interface=interface)
-        sender = stream.source.rpartition(":")[0]
+        sender = stream.source.rpartition(":")[0].strip("[]")
         for rule_id, source in rules.get((stream.destination, interface), ()):
             if source in (None, sender):
                 found[rule_id].append(named)

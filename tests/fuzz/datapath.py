@@ -41,12 +41,15 @@ BIG_SNAPLEN = 2048
 TP_MAC_MIN = 96  # TPACKET_ALIGN of both headers, and room for the virtio header
 TRAILER_BYTES = 10  # the virtio header before a frame
 LOG_BYTES = 16_384
-LOOPBACK = 0x7F000001
+LOOPBACK, LOOPBACK6 = "127.0.0.1", "::1"
 RECEIVE_BUFFER_BYTES = 512 << 20
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 IP_RECVTTL = 12
 
-PLAIN, VARIED, DECREMENTED, FROM_SOURCE, FROM_ANY = range(5)  # receivers
+# Receivers, and which of them are of IPv6, and which are told the TTL
+PLAIN, VARIED, DECREMENTED, FROM_SOURCE, FROM_ANY, FOUR_TO_SIX, SIX, SIX_DECREMENTED, SIX_TO_FOUR = range(9)
+OF_IPV6 = (FOUR_TO_SIX, SIX, SIX_DECREMENTED)
+TOLD_TTL = (DECREMENTED, SIX_DECREMENTED)
 BEFORE_MATCH = (
     DropCause.TRUNCATED,
     DropCause.PARSE_ERROR,
@@ -57,13 +60,19 @@ BEFORE_MATCH = (
 )
 
 
-def address_number(address: str) -> int:
-    """An address in host order."""
-    return int.from_bytes(socket.inet_aton(address), "big")
+Address = tuple[int, int, int]  # version and both numbers of a VERDICT
 
 
-GROUPS = tuple(map(address_number, frames.GROUPS))
-ASKED_SOURCE, OWN_ADDRESS = map(address_number, frames.SOURCES[1:])
+def judged_address(address: str) -> Address:
+    """An address as the oracle tells it."""
+    if ":" in address:
+        return (6, *struct.unpack(">qq", socket.inet_pton(socket.AF_INET6, address)))
+    return 4, int.from_bytes(socket.inet_aton(address), "big"), 0
+
+
+GROUPS, GROUPS6 = (tuple(map(judged_address, groups)) for groups in (frames.GROUPS, frames.GROUPS6))
+ASKED_SOURCE, OWN_ADDRESS = map(judged_address, frames.SOURCES[1:])
+ASKED_SOURCE6, OWN_ADDRESS6 = map(judged_address, frames.SOURCES6[1:])
 
 
 class WrongError(Exception):
@@ -130,10 +139,11 @@ class DataPath:
         self.uring.attach(self.memory.worker)
         self.memory.worker["now_ns"] = 1
         self.memory.worker["stream_health"] = streams.FULL
-        self.receivers = [self._receiver() for _ in range(5)]
+        self.receivers = [self._receiver(number in OF_IPV6) for number in range(9)]
         self.receivers[DECREMENTED].setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
-        self.egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.memory["egress_fds"]["value"][0] = self.egress.fileno()
+        self.receivers[SIX_DECREMENTED].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+        self.egress = [socket.socket(family, socket.SOCK_DGRAM) for family in (socket.AF_INET, socket.AF_INET6)]
+        self.memory["egress_fds"]["value"][:2] = [sock.fileno() for sock in self.egress]
         self.table = view_table(compile_table(self._rules(), self._own(), 1))
         self.slots = Guarded(SLOTS, 1)
         self.arena = Guarded(copies.COPY_SLOTS, 18)
@@ -156,32 +166,41 @@ class DataPath:
         self.drops = np.zeros(layout.DROP_CAUSES, np.int64)
 
     @staticmethod
-    def _receiver() -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    def _receiver(is_of_ipv6: bool) -> socket.socket:
+        sock = socket.socket(socket.AF_INET6 if is_of_ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
-        sock.bind(("127.0.0.1", 0))
+        sock.bind((LOOPBACK6 if is_of_ipv6 else LOOPBACK, 0))
         sock.setblocking(False)
         return sock
 
-    def _output(self, number: int, decrement: bool = False) -> TableOutput:
+    def _output(self, number: int) -> TableOutput:
         port = self.receivers[number].getsockname()[1]
+        decrement = number in TOLD_TTL
+        if number in OF_IPV6:
+            return TableOutput(number, LOOPBACK6, port, 1, 65_488, False, decrement)
         return TableOutput(number, LOOPBACK, port, 0, 65_508, False, decrement)
 
     def _rules(self) -> list[TableRule]:
-        outputs = [self._output(number, decrement=number == DECREMENTED) for number in range(5)]
+        outputs = [self._output(number) for number in range(len(self.receivers))]
+        groups, groups6, asked, asked6 = frames.GROUPS, frames.GROUPS6, frames.SOURCES[1], frames.SOURCES6[1]
+        varied, six = (VARIED, DECREMENTED, FOUR_TO_SIX), (SIX, SIX_DECREMENTED)
         return [
-            TableRule(0, "plain", GROUPS[0], 5001, 0, (0,), False, (outputs[PLAIN],)),
-            TableRule(1, "ttl", GROUPS[1], 5001, 0, (0,), False, (outputs[VARIED], outputs[DECREMENTED])),
-            TableRule(2, "source", GROUPS[2], 5002, ASKED_SOURCE, (0,), False, (outputs[FROM_SOURCE],)),
-            TableRule(3, "any", GROUPS[2], 5002, 0, (0,), False, (outputs[FROM_ANY],)),
-            TableRule(4, "elsewhere", GROUPS[3], 5001, 0, (1,), False, (outputs[PLAIN],)),
+            TableRule(0, "plain", groups[0], 5001, None, (0,), False, (outputs[PLAIN],)),
+            TableRule(1, "ttl", groups[1], 5001, None, (0,), False, tuple(outputs[number] for number in varied)),
+            TableRule(2, "source", groups[2], 5002, asked, (0,), False, (outputs[FROM_SOURCE],)),
+            TableRule(3, "any", groups[2], 5002, None, (0,), False, (outputs[FROM_ANY],)),
+            TableRule(4, "elsewhere", groups[3], 5001, None, (1,), False, (outputs[PLAIN],)),
+            TableRule(5, "six", groups6[0], 5001, None, (0,), False, tuple(outputs[number] for number in six)),
+            TableRule(6, "crossing", groups6[1], 5001, asked6, (0,), False, (outputs[SIX_TO_FOUR],)),
         ]
 
     @staticmethod
     def _own() -> list[OwnSource]:
         return [
-            OwnSource(OWN_ADDRESS, frames.OWN_PORT, 0, 0),
-            OwnSource(0, frames.OWN_PRESERVING_PORT, GROUPS[0], 5001),
+            OwnSource(frames.SOURCES[2], frames.OWN_PORT, "239.9.9.9", 9),
+            OwnSource(frames.SOURCES6[2], frames.OWN_PORT, "ff3e::9", 9),
+            OwnSource(None, frames.OWN_PRESERVING_PORT, frames.GROUPS[0], 5001),
+            OwnSource(None, frames.OWN_PRESERVING_PORT, frames.GROUPS6[0], 5001),
         ]
 
     # --- one pass -----------------------------------------------------------------------------------
@@ -229,14 +248,16 @@ class DataPath:
         drops = np.zeros(layout.DROP_CAUSES, np.int64)
         sent: list[list[Any]] = [[] for _ in self.receivers]
         for i, verdict in enumerate(verdicts.tolist()):
-            cause, datagrams, payload, size, segment, ttl, source, sport, destination, dport = verdict
+            cause, datagrams, payload, size, segment, ttl, version, *ends = verdict
+            source, sport, destination, dport = (version, *ends[:2]), ends[2], (version, *ends[3:5]), ends[5]
             receivers: Sequence[int] = ()
             if cause == oracle.NONE:
                 receivers = self._receivers_of(destination, dport, source)
                 if not receivers:
                     cause = oracle.NO_MATCH
-                elif (source == OWN_ADDRESS and sport == frames.OWN_PORT) or (
-                    sport == frames.OWN_PRESERVING_PORT and (destination, dport) == (GROUPS[0], 5001)
+                elif (source in (OWN_ADDRESS, OWN_ADDRESS6) and sport == frames.OWN_PORT) or (
+                    sport == frames.OWN_PRESERVING_PORT
+                    and (destination, dport) in ((GROUPS[0], 5001), (GROUPS6[0], 5001))
                 ):
                     cause = oracle.OWN_EGRESS
             if cause != oracle.NONE:
@@ -245,7 +266,7 @@ class DataPath:
             whole = made[i, payload : payload + size].tobytes()
             parts = [whole[at : at + segment] for at in range(0, size, segment)] if size else [b""]
             for receiver in receivers:
-                if receiver != DECREMENTED:
+                if receiver not in TOLD_TTL:
                     sent[receiver] += parts
                 elif ttl > 1:
                     sent[receiver] += [(part, ttl - 1) for part in parts]
@@ -254,13 +275,17 @@ class DataPath:
         return drops, sent
 
     @staticmethod
-    def _receivers_of(destination: int, port: int, source: int) -> Sequence[int]:
+    def _receivers_of(destination: Address, port: int, source: Address) -> Sequence[int]:
         if (destination, port) == (GROUPS[0], 5001):
             return (PLAIN,)
         if (destination, port) == (GROUPS[1], 5001):
-            return (VARIED, DECREMENTED)
+            return (VARIED, DECREMENTED, FOUR_TO_SIX)
         if (destination, port) == (GROUPS[2], 5002):
             return (FROM_SOURCE, FROM_ANY) if source == ASKED_SOURCE else (FROM_ANY,)
+        if (destination, port) == (GROUPS6[0], 5001):
+            return (SIX, SIX_DECREMENTED)
+        if (destination, port) == (GROUPS6[1], 5001) and source == ASKED_SOURCE6:
+            return (SIX_TO_FOUR,)
         return ()
 
     def received(self, number: int) -> list[Any]:
@@ -268,7 +293,7 @@ class DataPath:
         sock = self.receivers[number]
         got: list[Any] = []
         try:
-            if number == DECREMENTED:
+            if number in TOLD_TTL:
                 while True:
                     payload, control, _, _ = sock.recvmsg(65_536, 64)
                     got.append((payload, struct.unpack("<i", control[0][2])[0]))
@@ -329,7 +354,7 @@ class DataPath:
 
     def close(self) -> None:
         """Close every socket and the ring."""
-        for sock in (self.egress, self.kernel, self.queue, *self.receivers):
+        for sock in (*self.egress, self.kernel, self.queue, *self.receivers):
             sock.close()
         self.uring.close()
 

@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 from scapy.layers.inet import IP, UDP, IPOption
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from logging_shm.jit import compiled
-from tests.fuzz.oracle import ip_offset, number, words_sum
+from tests.fuzz.oracle import find_udp6, ip_offset, number, udp_sum, words_sum
 
 FRAME_BYTES_MAX = 3968  # leaves room for all that the kernel writes before it
 BIG_BYTES_MAX = 80_000  # a jumbo or super-frame; the copy arena has 69 632 bytes for one
 GROUPS = ("239.1.1.1", "239.1.1.2", "239.1.1.3", "239.1.1.4")
 PORTS = (5001, 5001, 5002, 5001)
 SOURCES = ("10.1.0.1", "10.1.0.7", "10.1.0.9")  # anybody, whom a rule asks for, an egress socket of the relay
+GROUPS6 = ("ff3e::8000:1", "ff3e::8000:2")
+SOURCES6 = ("2001:db8::1", "2001:db8::7", "2001:db8::9")  # likewise
 OWN_PORT, OWN_PRESERVING_PORT = 7777, 7778
 ETHERNET = Ether(src="02:00:00:00:00:01", dst="01:00:5e:01:01:01")
 
@@ -40,7 +43,7 @@ META = np.dtype(
     ]
 )
 SPECIAL = np.array([0, 1, 7, 8, 9, 19, 20, 27, 28, 29, 255, 256, 1472, 0x3FFF, 0x4000, 0x7FFF, 0x8000, 65507, 65535])
-ETHERTYPES = np.array([0x0800, 0x8100, 0x88A8, 0x86DD, 0x0806, 0x9100, 0])
+ETHERTYPES = np.array([0x0800, 0x86DD, 0x8100, 0x88A8, 0x86DD, 0x0806, 0x9100, 0])
 GSO_TYPES = np.array([5, 5, 5, 5, 5, 1, 3, 4, 0x80, 0x85, 255, 0])
 
 
@@ -48,6 +51,16 @@ def datagram(payload: bytes, index: int = 0, sport: int = 4000, source: str = SO
     """A datagram to one of GROUPS."""
     fields: Any = {"src": source, "dst": GROUPS[index], "ttl": 8} | ip
     return IP(**fields) / UDP(sport=sport, dport=PORTS[index]) / Raw(payload)
+
+
+def datagram6(
+    payload: bytes, *extensions: Packet, index: int = 0, sport: int = 4000, source: str = SOURCES6[0], hops: int = 8
+) -> Packet:
+    """A datagram to one of GROUPS6."""
+    packet: Packet = IPv6(src=source, dst=GROUPS6[index], hlim=hops)
+    for extension in extensions:
+        packet /= extension
+    return packet / UDP(sport=sport, dport=5001) / Raw(payload)
 
 
 def _payload(size: int) -> bytes:
@@ -83,13 +96,32 @@ def sound_frames() -> list[bytes]:
         ETHERNET / datagram(_payload(60), 0, sport=OWN_PORT, source=SOURCES[2]),
         ETHERNET / datagram(_payload(60), 0, sport=OWN_PRESERVING_PORT),
     ]
-    return [bytes(packet) for packet in packets]
+    return [bytes(packet) for packet in (*packets, *_sound_frames6())]
+
+
+def _sound_frames6() -> list[Packet]:
+    """Of IPv6, half as many."""
+    tag, outer = Dot1Q(vlan=5), Dot1AD(vlan=7)
+    hop, destination = IPv6ExtHdrHopByHop(), IPv6ExtHdrDestOpt()
+    routing = IPv6ExtHdrRouting(segleft=0, addresses=[SOURCES6[1]])
+    part, last, whole = (IPv6ExtHdrFragment(offset=offset, m=m) for offset, m in ((0, 1), (3, 0), (0, 0)))
+    packets = [datagram6(_payload(size)) for size in (0, 1, 17, 100, 100, 100, 1316, 1452, 3900)]
+    packets += [datagram6(payload) for payload in _media()[::3]]
+    packets += [datagram6(_payload(188), hops=hops) for hops in (0, 1, 2, 64, 255)]
+    packets += [datagram6(_payload(40), index=1, source=source) for source in SOURCES6]
+    packets += [datagram6(_payload(60), *e) for e in ((hop,), (hop, destination, routing, destination), (whole,))]
+    packets += [datagram6(_payload(60), *e) for e in ((part,), (destination, last), (destination,) * 8)]
+    packets.append(datagram6(_payload(60), sport=OWN_PORT, source=SOURCES6[2]))
+    packets.append(datagram6(_payload(9), sport=OWN_PRESERVING_PORT))
+    tagged = [ETHERNET / tag / packets[3], ETHERNET / outer / tag / packets[4], ETHERNET / tag / packets[-4]]
+    return [*(ETHERNET / packet for packet in packets), *tagged]
 
 
 def big_frames() -> list[bytes]:
     """Frames that fit no slot: jumbo and super-frames, one of them beyond what the copy arena holds."""
     sizes = (4100, 9000, 20_000, 64_000, 65_507)
     whole = [bytes(ETHERNET / datagram(_payload(size), index)) for size in sizes for index in (0, 1)]
+    whole += [bytes(ETHERNET / datagram6(_payload(size))) for size in sizes]
     return [*whole, whole[0] + bytes(75_000)]
 
 
@@ -128,7 +160,7 @@ def folded(total: int) -> int:
 def put_ip_checksum_right(frame: Any, length: int) -> None:
     """As far as there is a header."""
     ip = ip_offset(frame, length)
-    if ip < 0 or ip + 20 > length:
+    if ip < 0 or ip + 20 > length or frame[ip] >> 4 == 6:
         return
     end = ip + (np.int64(frame[ip]) & 15) * 4
     if end <= length:
@@ -142,14 +174,14 @@ def put_udp_checksum_right(frame: Any, length: int) -> None:
     ip = ip_offset(frame, length)
     if ip < 0 or ip + 20 > length:
         return
-    udp = ip + (np.int64(frame[ip]) & 15) * 4
-    if udp + 8 > length:
+    is_six = frame[ip] >> 4 == 6
+    udp = find_udp6(frame, length, ip) if is_six else ip + (np.int64(frame[ip]) & 15) * 4
+    if udp < 0 or udp + 8 > length:
         return
     size = number(frame, udp + 4, 2)
     if size >= 8 and udp + size <= length:
         store(frame, length, udp + 6, 0)
-        total = words_sum(frame, ip + 12, ip + 20) + 17 + size + words_sum(frame, udp, udp + size)
-        store(frame, length, udp + 6, folded(total) or 0xFFFF)
+        store(frame, length, udp + 6, folded(udp_sum(frame, ip, udp, size)) or 0xFFFF)
 
 
 @compiled
@@ -169,7 +201,10 @@ def change(frame: Any, length: int, special: Any, ethertypes: Any, state: Any) -
     kind = dice(state, 9)
     ip = max(ip_offset(frame, length), 14)
     udp = ip + 20
-    if ip < length:
+    is_six = ip < length and frame[ip] >> 4 == 6
+    if is_six:
+        udp = ip + 40 + 8 * dice(state, 2)  # or somewhere in an extension header
+    elif ip < length:
         udp = ip + max((np.int64(frame[ip]) & 15) * 4, 20)
     if kind == 0 and length:  # bytes anywhere
         for _ in range(1 + dice(state, 4)):
@@ -179,14 +214,15 @@ def change(frame: Any, length: int, special: Any, ethertypes: Any, state: Any) -
             frame[min(12 + dice(state, max(udp - 4, 1)), length - 1)] = dice(state, 256)
     elif kind == 2:  # version and header length
         if ip < length:
-            frame[ip] = 0x40 + dice(state, 16) if dice(state, 4) else dice(state, 256)
+            version = 0x60 if is_six else 0x40
+            frame[ip] = version + dice(state, 16) if dice(state, 4) else dice(state, 256)
     elif kind == 3:  # total length
-        at = ip + 2
+        at = ip + (4 if is_six else 2)
         if at + 2 <= length:
             store(frame, length, at, value_for(number(frame, at, 2), special, state))
     elif kind == 4:  # fragment, TTL and protocol, addresses
-        at = ip + 6 + 2 * dice(state, 7)
-        if at + 2 <= length and at != ip + 10:
+        at = ip + 6 + 2 * dice(state, 17 if is_six else 7)
+        if at + 2 <= length and (is_six or at != ip + 10):
             store(frame, length, at, value_for(number(frame, at, 2), special, state))
     elif kind == 5:  # ports, length, checksum
         at = udp + 2 * dice(state, 4)

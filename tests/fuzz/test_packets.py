@@ -5,6 +5,8 @@ instead. The frames are relayed in a child process, see datapath.py: a byte read
 """
 
 import signal
+import socket
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, UDP, IPOption
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrRouting
 from scapy.layers.l2 import Dot1AD, Dot1Q
 from scapy.packet import Packet, Raw
 
@@ -22,12 +25,14 @@ from tests.fuzz.datapath import DataPath
 from tests.fuzz.frames import (
     BIG_BYTES_MAX,
     ETHERNET,
+    GROUPS6,
     META,
     TP_STATUS_COPY,
     TP_STATUS_USER,
     as_array,
     big_frames,
     datagram,
+    datagram6,
 )
 
 FRAMES = children.count("MCR_FUZZ_FRAMES", 200_000)
@@ -111,9 +116,41 @@ def test_the_oracle_reads_what_scapy_writes(
     assert verdict["destination"] == 0xEF010101
 
 
+EXTENSIONS = st.sampled_from(
+    (IPv6ExtHdrDestOpt(), IPv6ExtHdrRouting(segleft=0, addresses=["2001:db8::9"]), IPv6ExtHdrFragment(offset=0, m=0))
+)
+
+
+@settings(max_examples=100)
+@given(
+    payload=st.binary(max_size=300),
+    padding=st.integers(0, 20),
+    extensions=st.lists(EXTENSIONS, max_size=9),
+    hops=st.integers(0, 255),
+    sport=st.integers(0, 65_535),
+)
+def test_the_oracle_reads_what_scapy_writes_of_ipv6(
+    payload: bytes, padding: int, extensions: list[Packet], hops: int, sport: int
+) -> None:
+    frame = bytes(ETHERNET / datagram6(payload, *extensions, sport=sport, hops=hops)) + bytes(padding)
+    cause, verdict = judged(frame)
+    if len(extensions) > 8:
+        assert cause == oracle.PARSE_ERROR
+        return
+    assert cause == oracle.NONE
+    assert frame[verdict["payload"] :][: verdict["payload_bytes"]] == payload
+    assert (verdict["ttl"], verdict["source_port"], verdict["destination_port"]) == (hops, sport, 5001)
+    told = struct.pack(">qq", verdict["destination"], verdict["destination_rest"])
+    assert socket.inet_ntop(socket.AF_INET6, told) == GROUPS6[0]
+
+
 @pytest.mark.parametrize(
     ("packet", "cause"),
     [
+        (datagram6(b"x", IPv6ExtHdrFragment(offset=0, m=1)), oracle.FRAGMENT),
+        (datagram6(b"x", IPv6ExtHdrRouting(segleft=1, addresses=["2001:db8::9"])), oracle.PARSE_ERROR),
+        (IPv6(dst="ff3e::1") / UDP(dport=5001, chksum=0) / Raw(b"x"), oracle.CHECKSUM),
+        (IPv6(src="::ffff:10.0.0.1", dst="ff3e::1") / UDP(dport=5001) / Raw(b"x"), oracle.PARSE_ERROR),
         (datagram(b"x", version=6), oracle.PARSE_ERROR),
         (datagram(b"x", proto=6), oracle.PARSE_ERROR),
         (datagram(b"x", len=40), oracle.PARSE_ERROR),

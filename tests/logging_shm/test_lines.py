@@ -22,6 +22,7 @@ from logging_shm.append import (
     put_address,
     put_digits,
     put_duration,
+    put_endpoint,
     put_hex,
     put_number,
     put_printable,
@@ -41,7 +42,7 @@ from logging_shm.layout import (
     RECORD_BYTES,
 )
 from logging_shm.lines import FORMATTERS, LINE_BYTES_MAX, Frame
-from logging_shm.render import KINDS, duration, printable
+from logging_shm.render import ENDPOINT, KINDS, duration, endpoint, printable
 from tests.logging_shm.reading import HOST, MAX_I64, MIN_I64, SHARED_FIXTURE, MakeRing, int64s, lines, put, record
 
 PRINTABLE = printable_table()
@@ -89,6 +90,21 @@ def test_hexadecimal_digits_are_the_low_ones(value: int, digits: int) -> None:
 @given(int64s)
 def test_an_address_is_written_as_python_writes_it(value: int) -> None:
     assert written(put_address, value) == KINDS["ip"](value)
+
+
+groups = st.lists(st.sampled_from([0, 0, 0, 1, 0x10, 0x200, 0xABCD, 0xFFFF]), min_size=8, max_size=8)
+mapped = st.builds(lambda raw: bytes(10) + b"\xff\xff" + raw, st.binary(min_size=4, max_size=4))
+
+
+@given(groups.map(lambda numbers: struct.pack(">8H", *numbers)) | mapped, int64s)
+def test_an_address_with_its_port_is_as_ipaddress_writes_it(raw: bytes, port: int) -> None:
+    memory = np.frombuffer(raw + struct.pack("<q", port), np.uint8).copy()
+
+    def put_it(at: int, address: int) -> int:
+        return int(put_endpoint(at, address))
+
+    first, second = struct.unpack("<qq", raw)
+    assert written(put_it, memory.ctypes.data) == endpoint(first, second, port)
 
 
 @given(int64s | st.integers(-2_000_000_000, 2_000_000_000))
@@ -172,7 +188,7 @@ templates = st.lists(
     st.one_of(
         st.text(max_size=4),
         st.sampled_from(["{rule}", "{k}", "{café}", "{a_b}", "{nothing}", "{", "}", "\\", '"', "]", "\n", "x"]),
-        st.builds("{{{}:{}}}".format, st.integers(0, 9), st.sampled_from(list(KINDS))),
+        st.builds("{{{}:{}}}".format, st.integers(0, 9), st.sampled_from([*KINDS, ENDPOINT])),
     ),
     min_size=1,
     max_size=64,
@@ -399,6 +415,7 @@ LONG_FORMATS = (
     b"{0:g}" * 25,
     b"{0:ip}" * 21,
     b"{0:hex}" * 18,
+    b"{0:endpoint}" * 9,
     b"{0:dur}" * 18,
 )
 LONG_RECORDS = [

@@ -1,6 +1,7 @@
 """Rendering, pure: bytes nobody vouches for become printable text, typed arguments become words."""
 
 import re
+import socket
 import struct
 
 import pytest
@@ -8,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logging_shm.layout import MESSAGE_BYTES_MAX
-from logging_shm.render import KINDS, UNICODE_SHOWN, duration, printable, real, render, steps
+from logging_shm.render import ENDPOINT, KINDS, UNICODE_SHOWN, duration, endpoint, printable, real, render, steps
 from tests.logging_shm.reading import MAX_I64, MIN_I64, int64s
 
 templates = st.lists(
     st.one_of(
         st.text(max_size=6),
         st.sampled_from(["{", "}", "{}", "{0}", "{0:x}", "{key}", "{other}", "{naïve}", "\\", '"']),
-        st.builds("{{{}:{}}}".format, st.integers(0, 9), st.sampled_from(list(KINDS))),
+        st.builds("{{{}:{}}}".format, st.integers(0, 9), st.sampled_from([*KINDS, ENDPOINT])),
     ),
     max_size=12,
 ).map("".join)
@@ -108,6 +109,22 @@ def test_a_placeholder_shows_an_argument_by_its_kind(placeholder: str, value: in
     assert render(f"<{placeholder}>", 1, [value], {}) == f"<{shown}>"
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("::ffff:10.0.0.7", "10.0.0.7:5001"),
+        ("2001:db8::7", "[2001:db8::7]:5001"),
+        ("::", "[::]:5001"),
+        ("1:0:0:2::3", "[1:0:0:2::3]:5001"),
+        ("fe80:0:1:0:0:1:0:0", "[fe80:0:1::1:0:0]:5001"),
+    ],
+)
+def test_an_endpoint_takes_three_arguments(address: str, shown: str) -> None:
+    halves = struct.unpack("<qq", socket.inet_pton(socket.AF_INET6, address))
+    assert render("<{1:endpoint}> {4:d}", 1, [0, *halves, 5001, 9], {}) == f"<{shown}> 9"
+    assert render("<{1:endpoint}>", 1, [0, *halves], {}) == "<>"
+
+
 def test_a_placeholder_takes_an_argument_by_its_number_or_a_pair_by_its_key() -> None:
     assert render("{1:d} {0:d} {rule} {1:hex}", 1, [10, 11], {"rule": "tv"}) == "11 10 tv 0xb"
 
@@ -145,6 +162,8 @@ def test_steps_taken_one_by_one_say_what_rendering_says(template: str, arguments
             said += text.decode()
         elif kind == "pair":
             said += pairs.get(text.decode(), "")
+        elif kind == ENDPOINT:
+            said += endpoint(*arguments[argument:][:3]) if argument + 3 <= len(arguments) else ""
         elif argument < len(arguments):
             said += KINDS[kind](arguments[argument])
     assert said == render(template, 1, arguments, pairs)
@@ -153,5 +172,5 @@ def test_steps_taken_one_by_one_say_what_rendering_says(template: str, arguments
 @given(templates)
 def test_steps_never_hold_an_empty_or_unprintable_literal(template: str) -> None:
     for kind, text, _ in steps(template):
-        assert kind in KINDS or re.fullmatch(r".+", text.decode())
+        assert kind in (*KINDS, ENDPOINT) or re.fullmatch(r".+", text.decode())
         assert text.decode().isprintable()

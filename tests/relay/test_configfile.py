@@ -61,7 +61,7 @@ FOUND = [
     (6, "log_to", "expected one of stdout:"),
     (7, "instance", "reserved name: choose another"),
     (10, "rules[0].rule_id", "up to 64 letters"),
-    (11, "rules[0].input_group", "is not an IPv4 address such as"),
+    (11, "rules[0].input_group", "is not an address such as 239.1.1.1 or ff3e"),
     (12, "rules[0].input_port", "give a port from 1 to 65535"),
     (14, "rules[0].outputs[0]", "expected GROUP:PORT:INTERFACE"),
     (15, "rules[0].outputs[1]", "give a port from 1 to 65535"),

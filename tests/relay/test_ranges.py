@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.addresses import bracketed
 from relay.configfile import examine
 from relay.errors import RuleError
 from relay.ranges import (
@@ -15,12 +16,13 @@ from relay.ranges import (
     ConfiguredOutput,
     ConfiguredRule,
     ConfiguredSecondary,
+    Groups,
     Span,
     expand,
     parse_groups,
     parse_ports,
 )
-from relay.rules import Output, Rule, Secondary, output_name, parse_output, validate
+from relay.rules import Address, Output, Rule, Secondary, output_name, parse_output, validate
 
 
 def entry(**changes: Any) -> ConfiguredRule:
@@ -70,6 +72,19 @@ def test_ranges_of_outputs_go_along_with_the_inputs() -> None:
     ]
 
 
+def test_ranges_of_ipv6_and_their_fields() -> None:
+    ways = {"input_group": "FF3E:0::8000:0fc/126", "input_port": 5000}
+    made = rules(
+        **ways, outputs=("[ff05::{g7}:{g8+1}]:{port}:eth1", "239.2.2.{n}:{port}:eth1", "[{group}]:{port}:eth2")
+    )
+    assert [rule.input_group for rule in made] == [f"ff3e::8000:{last}" for last in ("fc", "fd", "fe", "ff")]
+    assert [output_name(output) for output in made[3].outputs] == [
+        "[ff05::8000:100]:5000:eth1", "239.2.2.4:5000:eth1", "[ff3e::8000:ff]:5000:eth2"
+    ]  # fmt: skip
+    (into,) = rules(input_group="239.1.1.255", input_port=5000, outputs=("[ff3e::8000:{g4}]:{port}:eth1",))
+    assert into.outputs == (Output("ff3e::8000:255", 5000, "eth1"),)
+
+
 def test_an_output_may_be_a_table_with_ranges() -> None:
     output = ConfiguredOutput(group="239.2.0.0/30", port="{port}", interface="eth1", ttl="decrement", dscp=34)
     assert rules(outputs=(output,))[7].outputs == (Output("239.2.0.3", 5001, "eth1", "decrement", 34),)
@@ -102,8 +117,14 @@ def test_an_entry_without_a_range_is_one_rule() -> None:
         ({"input_group": "239.1.1.5/24"}, ("input_group",), "this network begins at 239.1.1.0/24"),
         ({"input_group": "239.1.1.0/33"}, ("input_group",), "give a prefix from 0 to 32"),
         ({"input_group": "239.1.1.9-239.1.1.3"}, ("input_group",), "give the lower address first"),
-        ({"input_group": "239.1.1.9-12"}, ("input_group",), "'12' is not an IPv4 address"),
-        ({"input_group": "ff3e::/120"}, ("input_group",), "IPv6, which is not supported yet"),
+        ({"input_group": "239.1.1.9-12"}, ("input_group",), "'12' is not an address"),
+        ({"input_group": "ff3e::5/120"}, ("input_group",), "this network begins at ff3e::/120"),
+        ({"input_group": "ff3e::/129"}, ("input_group",), "give a prefix from 0 to 128, such as ff3e::8000:0/120"),
+        ({"input_group": "ff3e::/96"}, ("input_group",), "8589934592 rules, of one entry at most 10000"),
+        ({"input_group": "239.1.1.1-ff3e::2"}, ("input_group",), "a range has addresses of one family"),
+        ({"input_group": "fe80::1%eth0"}, ("input_group",), "leave out %eth0, the interface is given besides"),
+        ({"input_group": "ff3e::1%eth0/128"}, ("input_group",), "leave out %eth0"),
+        ({"rule_id": "{g5}-{n}"}, ("rule_id",), "no field {g5}; there are {group}, {port}, {n}, {g1} to {g4}"),
         ({"input_group": "239.1.0.0/16"}, ("input_group",), "131072 rules, of one entry at most 10000"),
         ({"input_group": "0.0.0.0/0"}, ("input_group",), "of one entry at most 10000: make the range smaller"),
         ({"input_group": "239.1.1.1", "input_port": "1-65535"}, ("input_port",), "65535 rules, of one entry at most"),
@@ -115,7 +136,7 @@ def test_an_entry_without_a_range_is_one_rule() -> None:
         ({"outputs": ("{group}:{port+60536}:lo",)}, ("outputs", 0, "port"), "output port 65536: give a port from 1"),
         ({"outputs": ("{group}:{port-5000}:lo",)}, ("outputs", 0, "port"), "output port 0: give a port from 1"),
         ({"outputs": ("{group}:{port-9999}:lo",)}, ("outputs", 0), "output port -4999: give a port from 1"),
-        ({"outputs": ("239.1.1.{g4+254}:1:lo",)}, ("outputs", 0, "group"), "'239.1.1.256' is not an IPv4 address"),
+        ({"outputs": ("239.1.1.{g4+254}:1:lo",)}, ("outputs", 0, "group"), "'239.1.1.256' is not an address"),
         ({"outputs": ("{group+1}:1:lo",)}, ("outputs", 0), "no field {group+1}; there are"),
         ({"outputs": ("{group}:1:lo", "{group}:1:lo")}, ("outputs",), "is given twice: remove one"),
         ({"outputs": ()}, ("outputs",), "0 outputs; give from 1"),
@@ -127,32 +148,33 @@ def test_what_makes_no_sense_is_said_where_it_stands(changes: dict[str, Any], ke
     assert [(path, message in reason) for path, reason in wrong] == [(key, True)], wrong
 
 
-ADDRESSES = st.integers(1 << 24, 0xDFFFFFFF)
-GROUP_SPANS = st.tuples(ADDRESSES, st.integers(1, 12)).map(lambda pair: Span(*pair))
+IPV4 = st.integers(1 << 24, 0xDFFFFFFF).map(ipaddress.IPv4Address)
+IPV6 = st.integers(0x2000 << 112, 0xFE7F << 112).map(ipaddress.IPv6Address)
+ADDRESSES = IPV4 | IPV6
+GROUP_SPANS = st.tuples(ADDRESSES, st.integers(1, 12)).map(lambda pair: Groups(*pair))
 PORT_SPANS = st.tuples(st.integers(1, 65_000), st.integers(1, 12)).map(lambda pair: Span(*pair))
 
 
-def text_of(span: Span) -> str:
-    first, last = (ipaddress.IPv4Address(address) for address in (span.first, span.first + span.count - 1))
-    return f"{first}-{last}"
+def text_of(groups: Groups) -> str:
+    return f"{groups.first}-{groups.first + groups.count - 1}"
 
 
 @given(GROUP_SPANS, PORT_SPANS, ADDRESSES)
-def test_count_order_and_names_are_those_of_the_ranges(groups: Span, ports: Span, output: int) -> None:
+def test_count_order_and_names_are_those_of_the_ranges(groups: Groups, ports: Span, output: Address) -> None:
     ports_text = f"{ports.first}-{ports.first + ports.count - 1}"
-    output_range = text_of(Span(output, groups.count))
+    output_range = bracketed(text_of(Groups(output, groups.count)))
     expanded = rules(input_group=text_of(groups), input_port=ports_text, outputs=(f"{output_range}:{ports_text}:eth1",))
     assert len(expanded) == len({rule.rule_id for rule in expanded}) == groups.count * ports.count
-    keys = [(int(ipaddress.IPv4Address(rule.input_group)), rule.input_port) for rule in expanded]
+    keys = [(int(ipaddress.ip_address(rule.input_group)), rule.input_port) for rule in expanded]
     assert keys == sorted(keys)
     assert (keys[0], keys[-1]) == (
-        (groups.first, ports.first),
-        (groups.first + groups.count - 1, ports.first + ports.count - 1),
+        (int(groups.first), ports.first),
+        (int(groups.first) + groups.count - 1, ports.first + ports.count - 1),
     )
     for (group, port), rule in zip(keys, expanded, strict=True):
         validate(rule)
         (to,) = rule.outputs
-        assert int(ipaddress.IPv4Address(to.group)) - output == group - groups.first
+        assert int(ipaddress.ip_address(to.group)) - int(output) == group - int(groups.first)
         assert to.port == port
 
 

@@ -1,5 +1,7 @@
 """Rules as values: what is refused and why, names, merging, cycles."""
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -53,6 +55,8 @@ def by_id(*rules: Rule) -> dict[str, Rule]:
         ("239.2.2.2:6001:lo", Output("239.2.2.2", 6001, "lo")),
         ("239.2.2.2:6001:lo:9", Output("239.2.2.2", 6001, "lo", 9)),
         ("10.0.0.1:1:eth0.5:decrement", Output("10.0.0.1", 1, "eth0.5", "decrement")),
+        ("[ff3e::1]:5000:eth1", Output("ff3e::1", 5000, "eth1")),
+        ("[fe80::1]:5000:eth1:decrement", Output("fe80::1", 5000, "eth1", "decrement")),
     ],
 )
 def test_outputs_are_read_from_text(text: str, output: Output) -> None:
@@ -60,7 +64,17 @@ def test_outputs_are_read_from_text(text: str, output: Output) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "239.2.2.2", "239.2.2.2:x:lo", "239.2.2.2:1:lo:0", "239.2.2.2:1:", "[ff3e::1]:1:lo"]
+    "text",
+    [
+        "",
+        "239.2.2.2",
+        "239.2.2.2:x:lo",
+        "239.2.2.2:1:lo:0",
+        "239.2.2.2:1:",
+        "ff3e::1:1:lo",
+        "[239.2.2.2]:1:lo",
+        "[]:1:lo",
+    ],
 )
 def test_outputs_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(RuleError):
@@ -95,6 +109,19 @@ def test_ttl_out_of_range_is_refused(ttl: str) -> None:
         ({"max_bps": 999}, "max_bps 999: give from 1000 to 1000000000000"),
         ({"max_bps": 1_000_000_000_001}, "from 1000 to"),
         ({"outputs": ()}, "0 outputs"),
+        ({"input_group": "::"}, "neither a multicast group nor a unicast address"),
+        ({"input_group": "ff10::1"}, "neither"),
+        ({"input_group": "fe80::1%eth0"}, "leave out %eth0, the interface is given besides: fe80::1"),
+        ({"input_group": "::ffff:239.1.1.1"}, "is IPv4 in an IPv6 address: give 239.1.1.1"),
+        ({"input_group": "[ff3e::1]"}, "is not an address such as 239.1.1.1 or ff3e"),
+        ({"source": "2001:db8::7"}, "source 2001:db8::7 never sends to 239.1.1.1: give an IPv4 address"),
+        ({"input_group": "ff3e::1", "source": "10.0.0.7"}, "give an IPv6 address"),
+        ({"input_group": "ff3e::1", "source": "ff3e::1"}, "give a sender's unicast address"),
+        ({"input_group": "ff3e::1", "preserve_source": True}, "output 239.2.2.2:1:lo is not IPv6 as the input"),
+        (
+            {"outputs": (Output("ff3e::1", 1, "lo"), Output("FF3E:0::1", 1, "lo", 5))},
+            r"output \[ff3e::1\]:1:lo is given twice",
+        ),
         ({"outputs": (Output("239.2.2.2", 1, "lo"), Output("239.2.2.2", 1, "lo", 5))}, "given twice"),
         ({"outputs": (Output("239.2.2.2", 1, "lo", dscp=64),)}, "dscp 64"),
     ],
@@ -103,6 +130,39 @@ def test_rules_that_cannot_work_are_refused(changes: dict[str, object], message:
     fields = {"rule_id": "r", "input_group": "239.1.1.1", "input_port": 1, "outputs": (Output("239.2.2.2", 1, "lo"),)}
     with pytest.raises(RuleError, match=message):
         validate(Rule(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def test_an_ipv6_address_has_one_form_however_it_is_written() -> None:
+    plain = Rule(
+        input_group="ff3e::8000:1", input_port=1, source="2001:db8::7", outputs=(Output("2001:db8::9", 1, "lo"),)
+    )
+    odd = Rule(
+        input_group="FF3E:0:0::8000:0001",
+        input_port=1,
+        source="2001:0DB8::0.0.0.7",
+        outputs=(Output("2001:db8:0:0:0:0:0:9", 1, "lo"),),
+    )
+    assert named(odd) == named(plain)
+    assert validate(msgspec.structs.replace(odd, rule_id="r")) == msgspec.structs.replace(plain, rule_id="r")
+
+
+def test_a_second_leg_has_that_form_too_and_its_source_is_of_its_family() -> None:
+    fields: dict[str, Any] = {"rule_id": "r", "input_group": "239.1.1.1", "input_port": 1, "protection": "seamless"}
+    fields["outputs"] = (Output("239.2.2.2", 1, "lo"),)
+    second = Secondary(input_group="FF3E:0::1", source="2001:DB8::7")
+    checked = validate(Rule(**fields, secondary=second))
+    assert checked.secondary == Secondary(input_group="ff3e::1", source="2001:db8::7")
+    for secondary, source in ((Secondary(input_group="ff3e::1"), "10.0.0.7"), (second, None)):
+        if source is None:
+            with pytest.raises(RuleError, match=r"output 239\.2\.2\.2:1:lo is not IPv6 as the input \[ff3e::1\]:1 is"):
+                validate(Rule(**fields, secondary=secondary, preserve_source=True))
+        else:
+            with pytest.raises(RuleError, match=r"source 10\.0\.0\.7 never sends to ff3e::1: give an IPv6 address"):
+                validate(Rule(**fields, secondary=secondary, source=source))
+
+
+def test_names_of_rules_without_one_are_what_they_have_been() -> None:
+    assert named(rule("", "239.1.1.1:5001", "239.2.2.2:6001:lo")).rule_id == "r-b59b9701de45"
 
 
 def test_the_hash_of_a_rule_depends_on_its_content_alone() -> None:

@@ -41,6 +41,12 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEAD
     return result
 
 
+def split_place(text: str) -> tuple[str, str]:
+    """Address and port of `239.1.1.1:5001` or `[ff3e::1]:5001`."""
+    address, _, port = text.rpartition(":")
+    return address.removeprefix("[").removesuffix("]"), port
+
+
 class Relay:
     """A running mcrd in a namespace."""
 
@@ -114,7 +120,7 @@ class Relay:
 
     def add(self, rule_id: str, group_port: str, *outputs: str, options: Sequence[str] = ()) -> None:
         """Add a rule from `group:port` to outputs."""
-        group, port = group_port.split(":")
+        group, port = split_place(group_port)
         arguments = ["--rule-id", rule_id, "--input-group", group, "--input-port", port, *options]
         arguments += [word for output in outputs for word in ("--output", output)]
         self.ask("add-rule", *arguments)
@@ -123,7 +129,7 @@ class Relay:
         """Add (id, `group:port`, output) rules in one request."""
         lines = []
         for rule_id, group_port, output in rules:
-            group, port = group_port.split(":")
+            group, port = split_place(group_port)
             lines += ["[[rules]]", f'rule_id = "{rule_id}"', f'input_group = "{group}"', f"input_port = {port}"]
             lines += [f'outputs = ["{output}"]']
         file = folder / "rules.toml"

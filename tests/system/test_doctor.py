@@ -35,7 +35,8 @@ sendp(query, iface="right", inter=0.1, loop=1, verbose=False)
 
 STRANGER = """
 import os, sys
-from relay.cli.checks import cores, host, network, probes, relay  # while the files of this environment may be read
+# While the files of this environment may be read
+from relay.cli.checks import cores, host, ipv6, network, probes, relay
 from relay.cli.explaining import explanation
 from relay.cli.mcrctl import main
 os.setgroups([])

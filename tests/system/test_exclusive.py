@@ -5,12 +5,13 @@ gen ──left── relay ──right── sink        10.1.0.0/24, 10.2.0.0/2
 
 import signal
 import socket
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from relay.errors import RelayError
-from relay.rules import address_number
 from relay.supervisor.exclusive import Exclusive
 from tests.system.conftest import StartRelay
 from tests.system.harness import BIN, DEADLINE_S, Relay, assert_perfect, receiving, send, wait_until
@@ -119,12 +120,56 @@ def test_a_refused_set_changes_nothing(line: Line) -> None:
         exclusive = Exclusive("unit")
         index = socket.if_nametoindex("left")
         try:
-            exclusive.apply({("left", index): {(address_number("239.1.1.1"), 5001)}})
+            exclusive.apply({("left", index): {("239.1.1.1", 5001)}})
             for name, port in (("left", 70_000), ('quo"te', 1)):
                 with pytest.raises(RelayError, match=r"table mcr_unit: .|quote"):
-                    exclusive.apply({(name, index): {(1, port)}})
+                    exclusive.apply({(name, index): {("0.0.0.1", port)}})
             listing = line.hosts[1].run(["nft", "list", "table", "netdev", "mcr_unit"], capture_output=True).stdout
             assert "239.1.1.1 . 5001" in listing
         finally:
             exclusive.close()
         wait_until(lambda: tables(line.hosts[1]) == "", "the table is gone")
+
+
+def heard_of_ipv6(line: Line, ports: Sequence[int], payload: bytes) -> set[int]:
+    """On which ports a receiver on the relay's own host gets a datagram to ff3e::1; one behind it proves the wait."""
+    gen, host, _ = line.hosts
+    request = socket.inet_pton(socket.AF_INET6, "ff3e::1")
+    listeners = {}
+    with host.inside():
+        for port in (*ports, 5099):
+            listeners[port] = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            listeners[port].bind(("ff3e::1", port))
+            joining = request + struct.pack("@I", socket.if_nametoindex("left"))
+            listeners[port].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, joining)
+    with gen.inside(), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as out:
+        out.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, socket.if_nametoindex("right"))
+        for port in (*ports, 5099):
+            out.sendto(payload, ("ff3e::1", port))
+    listeners[5099].settimeout(DEADLINE_S)
+    assert listeners[5099].recv(65_536) == payload
+    heard = set()
+    for port, sock in listeners.items():
+        with sock:
+            sock.setblocking(False)
+            try:
+                assert sock.recv(65_536) == payload
+                heard.add(port)
+            except BlockingIOError:
+                pass
+    return heard
+
+
+def test_ipv6_inputs_stay_away_from_the_host_but_for_fragments(line: Line) -> None:
+    with line.hosts[1].inside():
+        exclusive = Exclusive("unit6")
+        left = "left", socket.if_nametoindex("left")
+        try:
+            exclusive.apply({left: {("ff3e::1", 5001), ("239.1.1.1", 5001)}})
+            assert heard_of_ipv6(line, (5001, 5002), b"payload") == {5002}
+            assert heard_of_ipv6(line, (5001,), bytes(LARGE_BYTES)) == {5001}
+            assert not hears(line, 5001)
+            exclusive.apply({left: {("ff3e::1", 5002), ("239.1.1.1", 5001)}})
+            assert heard_of_ipv6(line, (5001, 5002), b"payload") == {5001}
+        finally:
+            exclusive.close()

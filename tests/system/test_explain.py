@@ -191,7 +191,7 @@ def test_what_the_relay_sent_itself_is_told_from_what_others_send(line: Line, re
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("10.0.0", IN), "source '10.0.0': '10.0.0' is not an IPv4 address"),
+        (("10.0.0", IN), "source '10.0.0' is not an address such as 239.1.1.1 or ff3e::8000:1"),
         (("10.0.0.7", "239.1.1.1"), "destination '239.1.1.1': give a port from 1 to 65535 behind a colon"),
         (("10.0.0.7:x", IN), "source '10.0.0.7:x': give a port"),
     ],

@@ -16,7 +16,7 @@ from scapy.layers.inet import IP, UDP, IPOption, fragment
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from relay.rules import is_multicast
+from relay.addresses import is_multicast
 from tests.system.conftest import StartRelay
 from tests.system.harness import Relay, wait_until
 from tools.netns import Host, Line

@@ -173,8 +173,8 @@ def test_a_rule_with_a_source_takes_no_other(line: Line, relay: Relay) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input-group", "ff3e::1", "--output", OUT], "IPv6, which is not supported yet"),
-        (["--input-group", "239.1.1", "--output", OUT], "is not an IPv4 address"),
+        (["--input-group", "ff3e::1%eth0", "--output", OUT], "leave out %eth0, the interface is given besides"),
+        (["--input-group", "239.1.1", "--output", OUT], "is not an address such as 239.1.1.1 or ff3e::8000:1"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:0:right"], "output port 0: give a port from 1 to 65535"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001"], "expected GROUP:PORT:INTERFACE[:TTL]"),
         ([], "--input-group and --input-port are needed, or --file"),

@@ -131,6 +131,11 @@ def no_memberships(world: World) -> None:
     world.add_tv()
 
 
+def without_ipv6(world: World) -> None:
+    world.shell("sysctl -qw net.ipv6.conf.eth1.disable_ipv6=1")
+    world.relay.wait_for_log("Interface eth1 has no IPv6 address")
+
+
 def wrong_checksum(world: World) -> None:
     world.send(5, checksum=0x1234)
     wait_until(lambda: ask(world.relay, api.GetStats())["drops"]["checksum"] == 5, "the frames are dropped")
@@ -146,6 +151,7 @@ FAULTS: dict[str, Callable[[World], None]] = {
     "TTL 1": ttl,
     "MTU": small_mtu,
     "Limits of IGMP": no_memberships,
+    "IPv6": without_ipv6,
     "Checksum offload": wrong_checksum,
     "Wrong interface": wrong_interface,
 }

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.addresses import endpoint
 from tests.system.harness import assert_perfect, receiving, send
-from tools.addressing import UsageError, parse_rate, spread
+from tools.addressing import UsageError, find_interface, parse_rate, spread
 from tools.environment import CHECKOUT
-from tools.netns import Host
+from tools.netns import Host, Line
 from tools.payload import HEADER_OFFSET, KINDS, fill, find_header, is_intact, template
 from tools.receiving import bucket_ns, latency_bucket
 
@@ -43,6 +45,10 @@ def test_flows_are_spread_over_groups_ports_or_source_ports() -> None:
     assert spread("239.1.1.1", 5, 2, "source-port") == [("239.1.1.1", 5)] * 2
     with pytest.raises(UsageError, match="ports from 1 to 65535"):
         spread("239.1.1.1", 65_535, 2, "port")
+    assert spread("ff3e::ffff", 5, 2, "group") == [("ff3e::ffff", 5), ("ff3e::1:0", 5)]
+    assert spread("[FF3E:0::1]", 5, 2, "source-port") == [("ff3e::1", 5)] * 2
+    with pytest.raises(UsageError, match="no 2 addresses from there on"):
+        spread("255.255.255.255", 5, 2, "group")
 
 
 @given(st.sampled_from(sorted(KINDS)), st.integers(44, 1500), st.integers(0, 100), st.data())
@@ -74,6 +80,65 @@ def test_what_is_sent_is_received_and_right(tmp_path: Path, payload: str) -> Non
     assert sent["datagrams"] == 5000
     assert_perfect(result, 5000)
     assert (result["ok"], result["flows"]) == (True, 3)
+
+
+def test_an_interface_is_found_by_name_or_address_with_a_routed_address_first() -> None:
+    with Line("gen", "sink") as line, line.hosts[0].inside():
+        right = find_interface("right", 6)
+        assert right.address == "fd00:1::1"
+        assert find_interface("fd00:1:0::1", 6) == right
+        assert find_interface("right").address == find_interface("10.1.0.1").address == "10.1.0.1"
+        assert right.sockaddr("ff02::5", 7) == ("ff02::5", 7, 0, right.index)
+        assert right.sockaddr("ff3e::5", 7) == ("ff3e::5", 7, 0, 0)
+        with pytest.raises(UsageError, match="no interface with an IPv6 address"):
+            find_interface("10.1.0.1", 6)
+
+
+@pytest.mark.parametrize("group", ["ff3e::1", "ff02::4321"])
+def test_ipv6_has_sources_hop_limits_and_flows_by_group_as_ipv4_has(tmp_path: Path, group: str) -> None:
+    with Line("gen", "sink") as line:
+        gen, sink = line.hosts
+        gen.ip("addr", "add", "fd00:1::9/64", "dev", "right", "nodad")
+        to = ("--group", group, "--flows", "2", "--flow-by", "group")
+        by = ("--interface", "left", *to, "--source")
+        with (
+            receiving(sink, tmp_path, *by, "fd00:1::1") as summary,
+            receiving(sink, tmp_path, *by, "fd00:1::9") as other_summary,
+            sink.inside(),
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe,
+        ):
+            left = socket.if_nametoindex("left")
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+            probe.bind((group, 6001, 0, left))
+            request = socket.inet_pton(socket.AF_INET6, group) + struct.pack("@I", left)
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, request)
+            sent = send(
+                gen, "--interface", "right", *to, "--port", "6001", "--ttl", "7", "--count", "2000", "--rate", "20000"
+            )
+            send(gen, "--interface", "fd00:1::9", *to, "--port", "6001", "--count", "1")
+            _, control, _, sender = probe.recvmsg(2000, 100)
+            result, other = summary(sent["datagrams"]), other_summary(1)
+    assert_perfect(result, 2000)
+    assert [flow["destination"] for flow in result["per_flow"]] == [
+        endpoint(*place) for place in spread(group, 6001, 2, "group")
+    ]
+    assert_perfect(other, 1)
+    assert sender[0] == "fd00:1::1"
+    assert struct.unpack("@i", control[0][2]) == (7,)
+
+
+def test_ipv6_is_sent_to_a_host_and_through_lo_once_it_has_a_route(tmp_path: Path) -> None:
+    with Host("lo") as host:
+        refused = host.run(
+            [sys.executable, "tools/send_mcast.py", "--group", "ff3e::1"], capture_output=True, cwd=CHECKOUT
+        )
+        assert "ip -6 route add local ff00::/8 dev lo" in refused.stderr
+        host.ip("-6", "route", "add", "local", "ff00::/8", "dev", "lo")
+        for group in ("ff3e::1", "::1"):
+            to = ("--group", group, "--port", "5001")
+            with receiving(host, tmp_path, *to) as summary:
+                assert_perfect(summary(send(host, *to, "--count", "100", "--rate", "max")["datagrams"]), 100)
 
 
 def datagrams(count: int) -> list[bytes]:
@@ -138,7 +203,8 @@ def test_every_fault_is_found(
     ("arguments", "message"),
     [
         (["--interface", "nowhere"], "this host has"),
-        (["--group", "ff3e::1"], "give an IPv4 address"),
+        (["--group", "ff3e::x"], "give an address such as 239.1.1.1 or ff3e::1"),
+        (["--group", "fe80::1%lo"], "--interface says on which link"),
         (["--rate", "fast"], "expected 50000"),
         (["--size", "70000"], "from 0 to 65507"),
     ],

@@ -6,19 +6,18 @@ from typing import Any
 
 from relay import bpf
 from relay.errors import RuleError
-from relay.rules import address_number
 
 SIDES = ("ingress", "egress", "both")
 
 
 @dataclass
 class Side:
-    """What is captured on one interface: pairs of destination address and port, host order."""
+    """What is captured on one interface: pairs of destination address and port."""
 
     interface: str
-    source: int | None = None
-    incoming: list[tuple[int, int]] = field(default_factory=list)
-    outgoing: list[tuple[int, int]] = field(default_factory=list)
+    source: str | None = None
+    incoming: list[bpf.Input] = field(default_factory=list)
+    outgoing: list[bpf.Input] = field(default_factory=list)
 
     def program(self) -> tuple[bpf.Instruction, ...]:
         """The filter that lets exactly that through."""
@@ -43,11 +42,10 @@ def sides_of(rule: dict[str, Any], wanted: str) -> list[Side]:
     sides: dict[str, Side] = {}
     if wanted != "egress":
         for name in rule["input_interfaces"]:
-            source = address_number(rule["source"]) if rule["source"] else None
-            side = sides.setdefault(name, Side(name, source))
-            side.incoming.append((address_number(rule["input_group"]), rule["input_port"]))
+            side = sides.setdefault(name, Side(name, rule["source"] or None))
+            side.incoming.append((rule["input_group"], rule["input_port"]))
     if wanted != "ingress":
         for output in rule["outputs"]:
             side = sides.setdefault(output["interface"], Side(output["interface"]))
-            side.outgoing.append((address_number(output["group"]), output["port"]))
+            side.outgoing.append((output["group"], output["port"]))
     return list(sides.values())

@@ -90,7 +90,7 @@ ERRNO_REMEDIES = {
     errno.EPERM: "a firewall forbids it: nft list ruleset",
     errno.EACCES: "a broadcast address needs SO_BROADCAST: give a multicast or unicast one",
     errno.ENETUNREACH: "there is no route: ip route add … dev INTERFACE",
-    errno.EHOSTUNREACH: "nobody answers ARP for the receiver: ip neigh",
+    errno.EHOSTUNREACH: "nobody answers ARP, or IPv6 neighbour solicitation, for the receiver: ip neigh",
     errno.ENETDOWN: "the interface is down: ip link set INTERFACE up",
     errno.EMSGSIZE: "they are larger than an IP datagram may be on this way",
     errno.ENOBUFS: "the device's queue had no room: tc -s qdisc show",

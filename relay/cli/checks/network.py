@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
+from relay.addresses import is_ipv6, is_multicast
 from relay.cli import host
 from relay.cli.checks.registry import Found, Severity, check
 from relay.cli.checks.situation import Situation
 from relay.cli.host import IFF_LOOPBACK, IFF_MULTICAST, IFF_UP
-from relay.rules import is_multicast
-from relay.supervisor.egress import IP_UDP_HEADER_BYTES
+from relay.supervisor.egress import IP_UDP_HEADER_BYTES, IPV6_UDP_HEADER_BYTES
 from relay.supervisor.membership import IGMP_MAX_MEMBERSHIPS, Listen
 from relay.wording import counted
 
 LOOPBACK = "lo"
-LOOPBACK_NETWORK = "127."
+LOOPBACK_NETWORK, LOOPBACK_IPV6 = "127.", "::1"
 RP_FILTER_STRICT = 1  # Documentation/networking/ip-sysctl.rst
 QUERY_INTERVAL_S = 125  # RFC 3376, 8.2
 SHOWN_MAX = 5
@@ -28,6 +28,11 @@ def shown(names: list[str]) -> str:
 def groups_wanted(situation: Situation) -> set[Listen]:
     """The groups that rules need joined."""
     return {listen for listen in situation.plan.listens if is_multicast(listen.address)}
+
+
+def ipv4_groups_wanted(situation: Situation) -> set[Listen]:
+    """Those of IPv4, which are joined by IGMP."""
+    return {listen for listen in groups_wanted(situation) if not is_ipv6(listen.address)}
 
 
 @check(why="an interface that is down, without carrier or without MULTICAST delivers no multicast")
@@ -75,7 +80,7 @@ def rp_filter(situation: Situation) -> Iterator[Found]:
 @check(why="only IGMPv3 asks a switch for sources; a version that is forced may not be the querier's")
 def igmp_version(situation: Situation) -> Iterator[Found]:
     """Whether a version of IGMP is forced."""
-    wants_sources = any(listen.source for listen in groups_wanted(situation))
+    wants_sources = any(listen.source for listen in ipv4_groups_wanted(situation))
     for name in situation.ingress:
         for place in ("all", name):
             forced = situation.files.setting(f"net/ipv4/conf/{place}/force_igmp_version")
@@ -97,7 +102,7 @@ def memberships(situation: Situation) -> Iterator[Found]:
     most = situation.files.setting("net/ipv4/igmp_max_memberships")
     if most is None:
         return
-    joins = len(groups_wanted(situation))
+    joins = len(ipv4_groups_wanted(situation))
     read = "/proc/sys/net/ipv4/igmp_max_memberships"
     remedy = f"sysctl net.ipv4.igmp_max_memberships={max(joins, IGMP_MAX_MEMBERSHIPS)}"
     if most < 1:
@@ -117,7 +122,9 @@ def joined(situation: Situation) -> Iterator[Found]:
     wanted = groups_wanted(situation)
     if text is None or not wanted:
         return
-    there = {(found.ifindex, group) for found in host.joined(text).values() for group in found.groups}
+    read = "/proc/net/igmp" + (", igmp6" if any(is_ipv6(listen.address) for listen in wanted) else "")
+    listed = host.joined(text, situation.files.text("proc/net/igmp6") or "")
+    there = {(found.ifindex, group) for found in listed.values() for group in found.groups}
     names = {present.index: present.name for present in situation.interfaces.values()}
     missing = sorted(
         f"{listen.address} on {names.get(listen.ifindex, listen.ifindex)}"
@@ -126,16 +133,24 @@ def joined(situation: Situation) -> Iterator[Found]:
     )
     if missing:
         remedy = "`mcrlog tail --facility Supervisor` says why; then remove the rule and add it again"
-        yield Found("problem", f"not joined: {shown(missing)}", "/proc/net/igmp", remedy)
+        yield Found("problem", f"not joined: {shown(missing)}", read, remedy)
     else:
-        yield Found("ok", f"{counted(len(wanted), 'group')} joined", "/proc/net/igmp")
+        yield Found("ok", f"{counted(len(wanted), 'group')} joined", read)
 
 
 @check(why="what is sent to an address that no host has, or another, comes here only where this host is its router")
 def unicast_inputs(situation: Situation) -> Iterator[Found]:
     """Whether the unicast addresses that rules take in are this host's: some interface has it, or a socket is bound."""
-    own = {address for interface in situation.interfaces.values() for address in interface.addresses}
-    own |= {udp.local[0] for udp in host.udp_sockets(situation.files.text("proc/net/udp") or "")}
+    own = {
+        address
+        for interface in situation.interfaces.values()
+        for address in (*interface.addresses, *interface.addresses6, LOOPBACK_IPV6)
+    }
+    own |= {
+        udp.local[0]
+        for table in ("proc/net/udp", "proc/net/udp6")
+        for udp in host.udp_sockets(situation.files.text(table) or "")
+    }
     wanted = sorted({listen.address for listen in situation.plan.listens if not is_multicast(listen.address)})
     foreign = [address for address in wanted if address not in own and not address.startswith(LOOPBACK_NETWORK)]
     if foreign:
@@ -218,16 +233,17 @@ def offloads(situation: Situation) -> Iterator[Found]:
 @check(why="a datagram larger than the way out leaves as fragments, of which one that is lost loses it whole")
 def mtu(situation: Situation) -> Iterator[Found]:
     """Rules that take in from a larger MTU than they send to."""
-    narrowed: dict[tuple[str, str], list[str]] = {}
+    narrowed: dict[tuple[str, str, int], list[str]] = {}
     for planned in situation.plan.rules:
         for name in planned.interfaces:
             for output in planned.outputs:
                 out = situation.interfaces.get(output.output.interface)
                 if name != LOOPBACK and out is not None and out.mtu_bytes < situation.interfaces[name].mtu_bytes:
-                    narrowed.setdefault((name, out.name), []).append(planned.rule.rule_id)
-    for (name, out_name), rule_ids in narrowed.items():
+                    headers = IPV6_UDP_HEADER_BYTES if is_ipv6(output.output.group) else IP_UDP_HEADER_BYTES
+                    narrowed.setdefault((name, out.name, headers), []).append(planned.rule.rule_id)
+    for (name, out_name, headers), rule_ids in narrowed.items():
         mtu_in, mtu_out = (situation.interfaces[each].mtu_bytes for each in (name, out_name))
-        text = f"MTU {mtu_in} of {name} is over {mtu_out} of {out_name}: payloads over {mtu_out - IP_UDP_HEADER_BYTES} "
+        text = f"MTU {mtu_in} of {name} is over {mtu_out} of {out_name}: payloads over {mtu_out - headers} "
         text += f"bytes leave as fragments (rules {shown(list(dict.fromkeys(rule_ids)))})"
         yield Found("warning", text, f"/sys/class/net/{out_name}/mtu", f"ip link set {out_name} mtu {mtu_in}")
     if situation.plan.rules and not narrowed:

@@ -13,7 +13,8 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from relay.cli.checks.ethtool import offloads
 from relay.cli.checks.situation import Probes
@@ -24,8 +25,12 @@ from relay.preflight import check_io_uring
 from relay.privileges import resolve_user
 
 IP_PKTINFO = 8
+IPV6_RECVPKTINFO, IPV6_PKTINFO = 49, 50  # linux/in6.h
+ICMPV6_FILTER = 1  # linux/icmpv6.h: a bit for each type that is not wanted
+ICMPV6_MGM_QUERY = 130
 IGMP_HOST_MEMBERSHIP_QUERY = 0x11  # linux/igmp.h
 PKTINFO = struct.Struct("@i4s4s")  # struct in_pktinfo
+PKTINFO6 = struct.Struct("@16si")  # struct in6_pktinfo
 TIME_ERROR = 5  # sys/timex.h: the clock is not synchronised
 TIMEX_BYTES = 256  # struct timex has 208
 NFT_S_MAX = 5.0
@@ -33,7 +38,14 @@ NFT_TABLE = re.compile(r"^table netdev (mcr\S*) \{(.*?)^\}", re.MULTILINE | re.D
 NFT_DEVICE = re.compile(r'hook ingress device "([^"]+)"')
 
 
-def probe(relay: Running | None, interfaces: Sequence[str], queriers: dict[str, str] | None) -> Probes:
+class Queriers(NamedTuple):
+    """Whose queries came in, by interface; None without privileges."""
+
+    igmp: dict[str, str] | None
+    mld: dict[str, str] | None
+
+
+def probe(relay: Running | None, interfaces: Sequence[str], queriers: Queriers) -> Probes:
     """Everything now; `queriers` are those that were heard meanwhile."""
     used = None
     if relay is not None and relay.has_private_view:
@@ -44,7 +56,8 @@ def probe(relay: Running | None, interfaces: Sequence[str], queriers: dict[str, 
         shm_free_bytes=shm_free_bytes(),
         descriptors_used=used,
         offloads={name: offloads(name) for name in interfaces},
-        queriers=queriers,
+        queriers=queriers.igmp,
+        mld_queriers=queriers.mld,
         exclusive={name: table for name, table in exclusive().items() if name in interfaces},
         log_dropped=log_dropped(relay) if relay is not None and relay.has_private_view else None,
     )
@@ -98,26 +111,62 @@ def log_dropped(relay: Running) -> dict[str, int]:
     }
 
 
-def hear_queriers(seconds: float) -> dict[str, str] | None:
-    """Wait so long, and return whose IGMP queries came in meanwhile, by interface; None without privileges."""
-    try:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IGMP)
-    except PermissionError:
-        time.sleep(seconds)
-        return None
-    heard: dict[str, str] = {}
-    with sock:
-        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+def hear_queriers(seconds: float) -> Queriers:
+    """Wait so long, and return whose queries of IGMP and MLD came in meanwhile."""
+    with contextlib.ExitStack() as stack:
+        opened = [_listener(open_socket) for open_socket in (_igmp_socket, _mld_socket)]
+        heard: dict[socket.socket, dict[str, str]] = {stack.enter_context(sock): {} for sock in opened if sock}
         deadline_s = time.monotonic() + seconds
         while (left_s := deadline_s - time.monotonic()) > 0:
-            if not select.select([sock], [], [], left_s)[0]:
-                break
-            packet, control, _, (source, _) = sock.recvmsg(256, 64)
-            header_bytes = (packet[0] & 0xF) * 4
-            if packet[header_bytes : header_bytes + 1] != bytes([IGMP_HOST_MEMBERSHIP_QUERY]):
-                continue
-            for _, kind, data in control:
-                if kind == IP_PKTINFO:
-                    with contextlib.suppress(OSError):  # gone since
-                        heard[socket.if_indextoname(PKTINFO.unpack_from(data)[0])] = source
-    return heard
+            for sock in select.select(list(heard), [], [], left_s)[0]:
+                heard[sock] |= _igmp_querier(sock) if sock.family == socket.AF_INET else _mld_querier(sock)
+        igmp, mld = (heard[sock] if sock else None for sock in opened)
+        return Queriers(igmp, mld)
+
+
+def _listener(open_socket: Callable[[], socket.socket]) -> socket.socket | None:
+    """A raw socket, None without privileges, or without IPv6."""
+    try:
+        return open_socket()
+    except OSError:
+        return None
+
+
+def _igmp_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IGMP)
+    sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    return sock
+
+
+def _mld_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+    words = [0xFFFF_FFFF] * 8
+    words[ICMPV6_MGM_QUERY >> 5] &= ~(1 << (ICMPV6_MGM_QUERY & 31))
+    sock.setsockopt(socket.IPPROTO_ICMPV6, ICMPV6_FILTER, struct.pack("=8I", *words))
+    return sock
+
+
+def _igmp_querier(sock: socket.socket) -> dict[str, str]:
+    """The interface and the source of a query that waits; {} when it is something else."""
+    packet, control, _, (source, _) = sock.recvmsg(256, 64)
+    header_bytes = (packet[0] & 0xF) * 4
+    if packet[header_bytes : header_bytes + 1] != bytes([IGMP_HOST_MEMBERSHIP_QUERY]):
+        return {}
+    return _named({PKTINFO.unpack_from(data)[0]: source for _, kind, data in control if kind == IP_PKTINFO})
+
+
+def _mld_querier(sock: socket.socket) -> dict[str, str]:
+    """The same of MLD: the filter lets in nothing else."""
+    _, control, _, (source, *_) = sock.recvmsg(256, 64)
+    found = {PKTINFO6.unpack_from(data)[1]: source for _, kind, data in control if kind == IPV6_PKTINFO}
+    return _named({ifindex: address.partition("%")[0] for ifindex, address in found.items()})
+
+
+def _named(by_index: dict[int, str]) -> dict[str, str]:
+    """By the interfaces' names, as far as they still are there."""
+    named = {}
+    for ifindex, source in by_index.items():
+        with contextlib.suppress(OSError):
+            named[socket.if_indextoname(ifindex)] = source
+    return named

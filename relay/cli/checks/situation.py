@@ -27,6 +27,7 @@ class Probes:
     descriptors_used: int | None = None  # by the supervisor
     offloads: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)  # by interface, names as ethtool has them
     queriers: Mapping[str, str] | None = None  # addresses whose IGMP queries were heard, by interface
+    mld_queriers: Mapping[str, str] | None = None  # the same of MLD
     exclusive: Mapping[str, str] = field(default_factory=dict)  # nftables table that keeps datagrams, by interface
     log_dropped: Mapping[str, int] | None = None  # records, by segment
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from relay.cli.host import Joined, UdpSocket
+from relay.addresses import endpoint, is_ipv6
+from relay.cli.host import Joined, SourceFilters, UdpSocket
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import Plan
 
@@ -15,7 +16,7 @@ Verdict = Literal["pass", "stop", "note"]
 
 @dataclass(frozen=True)
 class Datagram:
-    """What is asked about. Addresses are valid dotted IPv4."""
+    """What is asked about. Addresses are valid, and of one family."""
 
     source: str
     source_port: int | None
@@ -28,7 +29,12 @@ class Datagram:
     @property
     def destination(self) -> str:
         """`group:port`."""
-        return f"{self.group}:{self.port}"
+        return endpoint(self.group, self.port)
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether it is an IPv6 datagram."""
+        return is_ipv6(self.group)
 
 
 class Step(msgspec.Struct):
@@ -60,10 +66,11 @@ class Facts:
     flags: Mapping[str, int]  # IFF_… by interface
     has_carrier: Mapping[str, bool]
     joined: Mapping[str, Joined] | None  # None: not readable
-    source_filters: Mapping[tuple[str, str], Mapping[str, int]]
+    source_filters: SourceFilters
     sockets: Sequence[UdpSocket]
     own_inodes: frozenset[int] | None  # sockets of the supervisor, None: may not be looked at
     memberships_max: int | None  # igmp_max_memberships
     ttl_default: int
+    hop_limits: Mapping[str, int]  # of IPv6 unicast, by interface
     rule_stats: Mapping[str, Any]
     workers: Sequence[Any]

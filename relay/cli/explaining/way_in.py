@@ -6,9 +6,10 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 
 from relay import bpf
+from relay.addresses import endpoint, family, is_ipv6, is_multicast, packed
 from relay.cli.explaining.facts import Datagram, Facts, Step
-from relay.cli.host import IFF_LOOPBACK, IFF_MULTICAST, IFF_UP, UdpSocket
-from relay.rules import address_number, is_multicast
+from relay.cli.host import IFF_LOOPBACK, IFF_MULTICAST, IFF_UP, NO_QUERIER, UdpSocket
+from relay.sockaddr import is_of_link
 from relay.supervisor.egress import IP_UDP_HEADER_BYTES, EgressKey
 from relay.supervisor.ingress import attach_filter
 
@@ -18,12 +19,17 @@ FRAME_BYTES_MAX = 128  # of those that `frame` makes
 def likely_interface(
     source: str, networks: Mapping[str, Sequence[tuple[str, str]]], relayed_from: Sequence[str]
 ) -> tuple[str | None, str]:
-    """Where a source's datagrams come in, and why that is assumed; `networks` are addresses with their netmasks."""
-    number = address_number(source)
-    for name in relayed_from:
+    """Where a source's datagrams come in, and why that is assumed; `networks` are addresses with their netmasks.
+
+    All links have the network of link-local addresses, which so tells nothing.
+    """
+    for name in () if is_of_link(source) else relayed_from:
         for address, mask in networks.get(name, ()):
-            if (number ^ address_number(address)) & address_number(mask) == 0:
-                network = ipaddress.IPv4Network(f"{address}/{mask}", strict=False)
+            if family(address) != family(source):
+                continue
+            prefix = int.from_bytes(socket.inet_pton(family(mask), mask), "big").bit_count()
+            network = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+            if ipaddress.ip_address(source) in network:
                 return name, f"{source} is in its network {network}"
     if len(relayed_from) == 1:
         return relayed_from[0], "the relay takes in from no other"
@@ -47,8 +53,9 @@ def interface(facts: Facts, datagram: Datagram) -> Step:  # noqa: PLR0911 - one 
         return Step("interface", "stop", f"interface {name} is down", f"ip link set {name} up")
     if not facts.has_carrier.get(name, True):
         return Step("interface", "stop", f"interface {name} has no carrier", "see to cable, switch port or peer")
-    if not interface.addresses:
-        reason = f"{name} has no IPv4 address: datagrams are taken in, but the host asks no switch for them"
+    if not (interface.addresses6 if datagram.is_ipv6 else interface.addresses):
+        version = "IPv6" if datagram.is_ipv6 else "IPv4"
+        reason = f"{name} has no {version} address: datagrams are taken in, but the host asks no switch for them"
         return Step("interface", "note", reason, f"ip addr add ADDRESS/PREFIX dev {name}")
     if not flags & (IFF_MULTICAST | IFF_LOOPBACK) and is_multicast(datagram.group):
         reason = f"{name} is relayed from and up, but has no MULTICAST flag: its driver may deliver no multicast"
@@ -61,9 +68,11 @@ def own_egress(facts: Facts, datagram: Datagram) -> Step:
     """Whether this host, or the relay itself, has sent it: a ring takes in neither, but for what others send on lo."""
     source = datagram.source
     if datagram.source_port is not None and (own := _own_socket(facts, datagram)) is not None:
-        reason = f"{source}:{own.local[1]} is an output of this relay: what it sent itself is dropped as own_egress"
+        reason = (
+            f"{endpoint(source, own.local[1])} is an output of this relay: what it sent itself is dropped as own_egress"
+        )
         return Step("own egress", "stop", reason, "let one rule have both outputs, rather than chain two")
-    holders = [interface.name for interface in facts.interfaces.values() if source in interface.addresses]
+    holders = [there.name for there in facts.interfaces.values() if source in (*there.addresses, *there.addresses6)]
     loopback = facts.flags.get(datagram.interface, 0) & IFF_LOOPBACK
     if not loopback:
         if not holders:
@@ -125,10 +134,11 @@ def join(facts: Facts, datagram: Datagram) -> Step:
         return Step("join", "note", f"what is joined on {name} can't be read", "use sudo")
     here = facts.joined.get(name)
     if here is None or group not in here.groups:
-        return Step("join", "stop", _not_joined(facts, group, name), _join_remedy(facts))
+        return Step("join", "stop", _not_joined(facts, group, name), _join_remedy(facts, group))
     if None not in wanted:
         return _join_source(facts, datagram, {source for source in wanted if source})
-    querier = f"; the querier speaks IGMP{here.querier.lower()}" if here.querier != "V3" else ""
+    told = not datagram.is_ipv6 and here.querier != NO_QUERIER
+    querier = f"; the querier speaks IGMP{here.querier.lower()}" if told else ""
     return Step("join", "pass", f"{group} is joined on {name}, any source{querier}")
 
 
@@ -138,11 +148,16 @@ def _join_source(facts: Facts, datagram: Datagram, wanted: Collection[str]) -> S
     if source not in wanted:
         reason = f"{joined} for {', '.join(sorted(wanted))} only, not for {source}"
         return Step("join", "stop", reason, "add a rule for this source, or one without a source")
-    if not facts.source_filters.get((datagram.interface, datagram.group), {}).get(source):
-        remedy = "the log of mcrd says why; `sysctl net.ipv4.igmp_max_msf` shows how many sources a socket may ask for"
+    here = facts.joined[datagram.interface] if facts.joined else None
+    filters = facts.source_filters.get(here.ifindex) if here else None
+    if filters is None:
+        return Step("join", "note", f"{joined}; whether for {source}, the kernel does not show now")
+    if not filters.get(datagram.group, {}).get(source):
+        limit = "net.ipv6.mld_max_msf" if datagram.is_ipv6 else "net.ipv4.igmp_max_msf"
+        remedy = f"the log of mcrd says why; `sysctl {limit}` shows how many sources a socket may ask for"
         return Step("join", "stop", f"{joined}, but not for {source}: the kernel refused it", remedy)
-    querier = facts.joined[datagram.interface].querier if facts.joined else "V3"
-    if querier != "V3":
+    querier = here.querier if here and not datagram.is_ipv6 else NO_QUERIER
+    if querier != NO_QUERIER:
         reason = f"{joined} for {source}, but IGMP{querier.lower()} asks for all sources"
         return Step("join", "note", reason, "let the querier speak IGMPv3; the relay picks the source itself")
     return Step("join", "pass", f"{joined} for {source}")
@@ -150,18 +165,18 @@ def _join_source(facts: Facts, datagram: Datagram, wanted: Collection[str]) -> S
 
 def _not_joined(facts: Facts, group: str, name: str) -> str:
     most = facts.memberships_max
-    limit = f" (igmp_max_memberships is {most})" if most is not None and most < 1 else ""
+    limit = f" (igmp_max_memberships is {most})" if most is not None and most < 1 and not is_ipv6(group) else ""
     return f"{group} is not joined on {name}{limit}: a switch that snoops and the NIC's filter let nothing through"
 
 
-def _join_remedy(facts: Facts) -> str:
-    if facts.memberships_max is not None and facts.memberships_max < 1:
+def _join_remedy(facts: Facts, group: str) -> str:
+    if not is_ipv6(group) and facts.memberships_max is not None and facts.memberships_max < 1:
         return "sysctl net.ipv4.igmp_max_memberships=20, then remove the rule and add it again"
     return "the log of mcrd says why joining was refused; then remove the rule and add it again"
 
 
 def _unicast(facts: Facts, datagram: Datagram) -> Step:
-    if any(datagram.group in interface.addresses for interface in facts.interfaces.values()):
+    if any(datagram.group in (*there.addresses, *there.addresses6) for there in facts.interfaces.values()):
         return Step("join", "pass", f"{datagram.group} is an address of this host: no group to join")
     reason = f"{datagram.group} is no address of this host: only what is routed through it comes here"
     return Step("join", "note", reason, "give the rule an address of this host, or a multicast group")
@@ -178,9 +193,16 @@ def packet_filter(facts: Facts, datagram: Datagram) -> Step:
 
 def frame(datagram: Datagram) -> bytes:
     """An Ethernet frame of this datagram, without payload."""
+    udp = struct.pack(">HHHH", datagram.source_port or 0, datagram.port, 8, 0)
+    if datagram.is_ipv6:
+        ip = (
+            struct.pack(">IHBB", 6 << 28, len(udp), bpf.IPPROTO_UDP, 1)
+            + packed(datagram.source)
+            + packed(datagram.group)
+        )
+        return bytes(12) + struct.pack(">H", bpf.ETH_P_IPV6) + ip + udp
     addresses = socket.inet_aton(datagram.source) + socket.inet_aton(datagram.group)
     ip = struct.pack(">BBHHHBBH", 0x45, 0, IP_UDP_HEADER_BYTES, 0, 0, 1, bpf.IPPROTO_UDP, 0) + addresses
-    udp = struct.pack(">HHHH", datagram.source_port or 0, datagram.port, 8, 0)
     return bytes(12) + struct.pack(">H", bpf.ETH_P_IP) + ip + udp
 
 

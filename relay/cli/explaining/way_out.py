@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from relay.addresses import endpoint, is_ipv6, is_multicast
 from relay.cli.explaining.facts import Facts, Step
 from relay.protection import LEG_NAMES
-from relay.rules import Rule, is_multicast, legs, limits_of, output_name
+from relay.rules import Rule, legs, limits_of, output_name
 from relay.supervisor.egress import TTL_MULTICAST_DEFAULT
 from relay.supervisor.plan import PlannedOutput, PlannedRule
 
@@ -13,7 +14,7 @@ def followed(facts: Facts, planned: PlannedRule, ttl: int | None, leg: int = 0) 
     """A rule that takes the datagram by its first or second leg, its outputs, and what it has counted."""
     rule, taken = planned.rule, legs(planned.rule)[leg]
     source = f" from {taken.source}" if taken.source else ""
-    yield Step("rule", "pass", f"rule {rule.rule_id} takes {taken.group}:{taken.port}{source}")
+    yield Step("rule", "pass", f"rule {rule.rule_id} takes {endpoint(taken.group, taken.port)}{source}")
     if rule.protection is not None:
         yield _protection(facts, rule, leg)
     if limits_of(rule):
@@ -65,19 +66,21 @@ def _output(facts: Facts, rule: Rule, planned: PlannedOutput, ttl: int | None) -
         return Step(step, "stop", f"waiting: {planned.fault}", remedy)
     if key.is_connected and facts.sockets and not _is_open(facts, key.address, (key.group, key.port)):
         return Step(step, "stop", "its socket is not open: the kernel refused it", "the log of mcrd says why")
+    hops = "hop limit" if is_ipv6(output.group) else "TTL"
     if output.ttl == "decrement" and ttl == 1:
         remedy = f"send with a higher TTL, or give a fixed one: --output {name}:TTL"
         return Step(step, "stop", "it comes with TTL 1, less 1 is 0: dropped as ttl", remedy)
     source = "the original source" if rule.preserve_source else key.address
     dscp = f", DSCP {output.dscp}" if output.dscp is not None else ""
     reason = (
-        f"active: leaves {output.interface} to {output.group}:{output.port} from {source} with {_ttl(facts, planned)}"
+        f"active: leaves {output.interface} to {endpoint(output.group, output.port)} from {source} "
+        f"with {_ttl(facts, planned)}"
     )
     reason += f"{dscp}; payloads over {key.gso_segment_bytes_max} bytes as fragments (MTU {key.mtu_bytes})"
     if output.ttl == "decrement" and ttl is None:
         return Step(step, "note", reason, f"what comes with TTL 1 is dropped: send with more, or --output {name}:TTL")
     if is_multicast(output.group) and output.ttl in (None, 1):
-        return Step(step, "pass", reason, f"no router passes TTL 1 on: behind one, --output {name}:TTL")
+        return Step(step, "pass", reason, f"no router passes {hops} 1 on: behind one, --output {name}:TTL")
     return Step(step, "pass", reason)
 
 
@@ -89,6 +92,8 @@ def _ttl(facts: Facts, planned: PlannedOutput) -> str:
     ttl = planned.output.ttl
     if ttl == "decrement":
         return "the incoming TTL less 1"
+    ipv6 = is_ipv6(planned.output.group)
     if ttl is None:
-        ttl = TTL_MULTICAST_DEFAULT if is_multicast(planned.output.group) else facts.ttl_default
-    return f"TTL {ttl}"
+        usual = facts.hop_limits.get(planned.output.interface, facts.ttl_default) if ipv6 else facts.ttl_default
+        ttl = TTL_MULTICAST_DEFAULT if is_multicast(planned.output.group) else usual
+    return f"{'hop limit' if ipv6 else 'TTL'} {ttl}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relay import api
+from relay.addresses import endpoint
 from relay.cli.top.rates import Places
 from relay.cli.top.segments import State, empty_places, same_segments
 from relay.cli.top.streams import Inputs
@@ -45,7 +46,7 @@ class Rules:
 def from_answer(answer: list[dict[str, Any]]) -> Rules:
     """Rules from what `list-rules` answers; those that are not installed yet have no counters and are left out."""
     listed = [rule for rule in answer if rule["slot"] is not None]
-    inputs = [f"{rule['input_group']}:{rule['input_port']}" for rule in listed]
+    inputs = [endpoint(rule["input_group"], rule["input_port"]) for rule in listed]
     outputs = [[output_name(Output(**output)) for output in rule["outputs"]] for rule in listed]
     return Rules(
         ids=[rule["rule_id"] for rule in listed],

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, UDP, IPOption
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
 from scapy.utils import PcapNgReader
@@ -58,6 +59,23 @@ def test_a_super_frame_is_the_datagrams_that_a_wire_carries(
     assert list(on_the_wire(frame, left)) == expected
 
 
+@given(st.binary(min_size=1, max_size=4000), st.integers(1, 1500), st.booleans(), st.integers(0, 2))
+def test_a_super_frame_of_ipv6_is_the_datagrams_that_a_wire_carries(
+    payload: bytes, segment_bytes: int, extended: bool, tags: int
+) -> None:
+    link = Ether(src="02:00:00:00:00:01", dst="33:33:00:00:00:01")
+    for _ in range(tags):
+        link /= Dot1Q(vlan=7)
+    head = link / IPv6(src="fd00::1", dst="ff3e::1", tc=0xB8, fl=7)
+    head = head / IPv6ExtHdrDestOpt() if extended else head
+    head = head / UDP(sport=4000, dport=5001)
+    frame = bytes(head / Raw(payload))
+    udp = len(frame) - len(payload) - 8
+    frame = frame[: udp + 6] + b"\xab\xcd" + frame[udp + 8 :]
+    expected = [bytes(head / Raw(payload[at : at + segment_bytes])) for at in range(0, len(payload), segment_bytes)]
+    assert list(on_the_wire(frame, VirtioNetHdr(NEEDS_CSUM, UDP_L4, udp + 8, segment_bytes, udp, 6))) == expected
+
+
 @given(st.binary(max_size=100))
 def test_a_checksum_that_was_left_to_the_card_is_filled_in(payload: bytes) -> None:
     whole = bytes(datagram(payload))
@@ -105,13 +123,22 @@ def test_each_interface_of_a_rule_is_captured_once() -> None:
         wanted: [(s.interface, s.source, len(s.incoming), len(s.outgoing)) for s in sides_of(LISTED, wanted)]
         for wanted in ("ingress", "egress", "both")
     }
-    source = 0x0A010001
+    source = "10.1.0.1"
     assert described == {
         "ingress": [("left", source, 1, 0), ("both", source, 1, 0)],
         "egress": [("right", None, 0, 2), ("both", None, 0, 1)],
         "both": [("left", source, 1, 0), ("both", source, 1, 1), ("right", None, 0, 2)],
     }
     assert sides_of(LISTED, "both")[1].describe("tv") == "ingress and egress of rule tv"
+
+
+def test_both_versions_are_captured_at_once() -> None:
+    outputs = [{"group": "ff3e::2", "port": 6001, "interface": "left"}, LISTED["outputs"][0]]
+    rule = {**LISTED, "input_group": "ff3e::1", "source": "fd00::7", "outputs": outputs}
+    left, _, right = sides_of(rule, "both")
+    assert (left.incoming, left.outgoing, left.source) == ([("ff3e::1", 5001)], [("ff3e::2", 6001)], "fd00::7")
+    assert (right.incoming, right.outgoing) == ([], [("239.2.2.2", 6001)])
+    assert left.program() != right.program()
 
 
 def test_a_rule_that_is_not_there_is_named() -> None:

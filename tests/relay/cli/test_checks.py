@@ -2,14 +2,16 @@
 well is said to be well, and nothing is invented.
 """
 
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from relay.cli import host
-from relay.cli.checks import cores, network, relay  # noqa: F401 - they register themselves
+from relay.cli.checks import cores, ipv6, network, relay  # noqa: F401 - they register themselves
 from relay.cli.checks import host as host_checks  # noqa: F401
 from relay.cli.checks.causes import MEANINGS, meaning_of
 from relay.cli.checks.registry import REGISTRY, Found, run
@@ -17,7 +19,7 @@ from relay.cli.checks.situation import Probes, Situation, count
 from relay.cli.host import Files
 from relay.cli.running import Running
 from relay.dataplane.layout import DropCause
-from relay.rules import Output, Rule
+from relay.rules import Output, Rule, Secondary
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import make_plan
 
@@ -47,6 +49,11 @@ def rule(number: int = 1, source: str | None = None) -> Rule:
     return Rule(rule_id=f"r{number}", input_group=group, input_port=5001, source=source, outputs=outputs)
 
 
+def rule6(source: str | None = None) -> Rule:
+    outputs = (Output("ff3e::2", 6001, "right"),)
+    return Rule(rule_id=f"six-{source}", input_group="ff3e::1", input_port=5001, source=source, outputs=outputs)
+
+
 def running(
     rules: tuple[Rule, ...] = (rule(),),
     state: str = "active",
@@ -74,6 +81,18 @@ def situation(root: Path, files: dict[str, str], **facts: Any) -> Situation:
         facts.setdefault("plan", make_plan(there.rules, facts["interfaces"], there.interfaces))
     return Situation(files=Files(root), **facts)
 
+
+LEGS = msgspec.structs.replace(rule(), secondary=Secondary(input_group="ff3e::1"), protection="seamless")
+WITH_IPV6 = {
+    "left": msgspec.structs.replace(INTERFACES["left"], addresses6=("fd00:1::2", "fe80::2")),
+    "right": msgspec.structs.replace(INTERFACES["right"], addresses6=("fd00:2::1", "fe80::1")),
+}
+LINK_LOCAL = {**WITH_IPV6, "right": msgspec.structs.replace(INTERFACES["right"], addresses6=("fe80::1",))}
+NARROW = {**WITH_IPV6, "right": msgspec.structs.replace(INTERFACES["right"], mtu_bytes=1000)}
+SIX = {"relay": running((rule6(),)), "interfaces": WITH_IPV6}
+PICKY = {"relay": running((rule6("fd00:1::7"), rule6("fd00:1::8"))), "interfaces": WITH_IPV6}
+IGMP6 = "2    left            ff3e000000000000000000000000000{last}     1 00000004 0"
+IPV6 = "proc/sys/net/ipv6"
 
 NET, IPV4, CPU = "sys/class/net", "proc/sys/net/ipv4", "sys/devices/system/cpu"
 CLOCK = "sys/devices/system/clocksource/clocksource0/current_clocksource"
@@ -181,6 +200,8 @@ CASES: dict[str, list[Case]] = {
             "ok",
             "1 group joined",
         ),
+        ({"proc/net/igmp": "", "proc/net/igmp6": IGMP6.format(last=2)}, SIX, "problem", "not joined: ff3e::1 on left"),
+        ({"proc/net/igmp": "", "proc/net/igmp6": IGMP6.format(last=1)}, SIX, "ok", "1 group joined"),
     ],
     "unicast-inputs": [
         ({}, {"relay": running(UNICAST)}, "warning", "no address of this host: 10.9.9.9"),
@@ -193,6 +214,34 @@ CASES: dict[str, list[Case]] = {
         ({}, {"interval_s": 130.0}, "note", "not known"),
         ({"proc/net/igmp": IGMP.format(querier="V2", group="010101EF")}, {}, "ok", "IGMPv2 was heard"),
         ({}, {"probes": Probes(queriers={"left": "10.1.0.254"})}, "ok", "10.1.0.254 queries on left"),
+    ],
+    "ipv6-addresses": [
+        ({f"{IPV6}/conf/left/disable_ipv6": "1"}, SIX, "problem", "IPv6 is disabled on left"),
+        ({}, {"relay": running((rule6(),))}, "problem", "left has no IPv6 address that can be used"),
+        ({}, {**SIX, "interfaces": NARROW}, "problem", "right has an MTU of 1000 bytes: without 1280"),
+        ({}, {**SIX, "interfaces": LINK_LOCAL}, "note", "right has only a link-local address, fe80::1"),
+        ({f"{IPV6}/conf/left/disable_ipv6": "1"}, {"relay": running((LEGS,))}, "problem", "IPv6 is disabled on left"),
+        ({f"{IPV6}/conf/left/disable_ipv6": "0"}, SIX, "ok", "left has fd00:1::2"),
+    ],
+    "mld-version": [
+        ({f"{IPV6}/conf/all/force_mld_version": "1"}, SIX, "note", "MLDv1 is forced on left"),
+        ({f"{IPV6}/conf/left/force_mld_version": "1"}, PICKY, "warning", "though rules ask for sources"),
+        ({f"{IPV6}/conf/left/force_mld_version": "0"}, PICKY, "ok", "no MLD version is forced on left"),
+    ],
+    "mld-sources": [
+        ({f"{IPV6}/mld_max_msf": "0"}, PICKY, "problem", "no source can be asked for"),
+        ({f"{IPV6}/mld_max_msf": "1"}, PICKY, "note", "2 sources of ff3e::1 take 2 sockets"),
+        ({f"{IPV6}/mld_max_msf": "64"}, PICKY, "ok", "2 sources of ff3e::1 are wanted"),
+    ],
+    "mld-querier": [
+        ({}, {**SIX, "probes": Probes(mld_queriers={})}, "note", "1 s are too short to tell"),
+        (
+            {},
+            {**SIX, "probes": Probes(mld_queriers={}), "interval_s": 130.0},
+            "warning",
+            "no MLD query came in on left in 130 s",
+        ),
+        ({}, {**SIX, "probes": Probes(mld_queriers={"left": "fe80::254"})}, "ok", "fe80::254 queries on left"),
     ],
     "bridge": [
         (
@@ -226,6 +275,15 @@ CASES: dict[str, list[Case]] = {
     ],
     "mtu": [
         ({}, {"relay": running(), "interfaces": SMALL}, "warning", "payloads over 972 bytes leave as fragments"),
+        (
+            {},
+            {
+                "relay": running((rule6(),)),
+                "interfaces": {**WITH_IPV6, "right": msgspec.structs.replace(WITH_IPV6["right"], mtu_bytes=1280)},
+            },
+            "warning",
+            "payloads over 1232 bytes leave as fragments",
+        ),
         ({}, {"relay": running()}, "ok", "no rule sends to a smaller MTU"),
     ],
     "nic-drops": [
@@ -348,6 +406,16 @@ def test_every_check_has_a_case_that_is_well_and_one_that_is_not() -> None:
         assert REGISTRY[name].why
 
 
+def test_ipv6_is_nothing_to_relays_that_have_none(tmp_path: Path) -> None:
+    files = {
+        f"{IPV6}/conf/left/disable_ipv6": "1",
+        f"{IPV6}/mld_max_msf": "0",
+        f"{IPV6}/conf/all/force_mld_version": "1",
+    }
+    found = run(situation(tmp_path, files, relay=running()))
+    assert not [finding for finding in found if "mld" in finding.check or "ipv6" in finding.check]
+
+
 def test_a_host_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
     for facts in ({}, {"relay": running()}, {"relay": running(())}):
         findings = run(situation(tmp_path, {}, **facts))
@@ -381,6 +449,11 @@ def test_the_kernels_own_files_are_read() -> None:
     igmp = host.joined(text("proc/net/igmp") or "")
     assert igmp["lo"].groups["224.0.0.1"] >= 1
     assert igmp["lo"].querier in ("V1", "V2", "V3")
+    assert host.joined("", text("proc/net/igmp6") or "")["lo"].groups["ff02::1"] >= 1
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.bind(("::1", 0))
+        there = {udp.local for udp in host.udp_sockets(text("proc/net/udp6") or "")}
+        assert ("::1", sock.getsockname()[1]) in there
     assert len(host.softnet(text("proc/net/softnet_stat") or "")) >= 1
     assert "IPReversePathFilter" in host.statistics(text("proc/net/netstat") or "", "TcpExt")
     soft, hard = host.limits(text("proc/self/limits") or "")["Max open files"]

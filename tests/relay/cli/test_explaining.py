@@ -1,30 +1,38 @@
 """What explain says of rules is what the compiled matcher finds; what passes the filter is the kernel's word."""
 
+import dataclasses
 import socket
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scapy.layers.inet import UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
 
 from relay import bpf
+from relay.cli import host
+from relay.cli.explain import parse_endpoint
 from relay.cli.explaining.explanation import explain
 from relay.cli.explaining.facts import Datagram, Facts
 from relay.cli.explaining.rules import differences, matching, nearest
-from relay.cli.explaining.way_in import admits, frame, likely_interface, own_egress
+from relay.cli.explaining.way_in import admits, frame, join, likely_interface, own_egress
 from relay.cli.host import IFF_LOOPBACK, IFF_UP, UdpSocket
 from relay.dataplane.match import NO_ENTRY, is_own_source, match
 from relay.dataplane.table import OwnSource, TableRule, compile_table, view_table
-from relay.rules import Output, Protection, Rule, Secondary, address_number
+from relay.errors import UsageError
+from relay.rules import Output, Protection, Rule, Secondary
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import Plan, make_plan
+from tests.relay.dataplane.bare import addressed
 
 INTERFACES = {
     name: Interface(name, index, True, True, 1500, (f"10.{index}.0.1",))
     for index, name in enumerate(("a", "b", "lo"), 1)
 }
-GROUPS = st.sampled_from(["239.1.1.1", "10.1.0.1"])
+GROUPS = st.sampled_from(["239.1.1.1", "10.1.0.1", "ff3e::1"])
 PORTS = st.sampled_from([5000, 5001])
-SOURCES = st.sampled_from(["10.0.0.7", "10.0.0.8"])
+SOURCES = st.sampled_from(["10.0.0.7", "10.0.0.8", "fd00::7"])
 NAMES = st.sampled_from(["a", "b", "missing"])
 
 
@@ -51,9 +59,9 @@ def compiled_rules(plan: Plan) -> list[TableRule]:
         TableRule(
             slot=slot,
             name=planned.rule.rule_id,
-            group=address_number(planned.rule.input_group),
+            group=planned.rule.input_group,
             port=planned.rule.input_port,
-            source=address_number(planned.rule.source) if planned.rule.source else 0,
+            source=planned.rule.source,
             rings=tuple(rings[name] for name in planned.interfaces),
             preserve_source=False,
             outputs=(),
@@ -91,7 +99,7 @@ def test_the_rules_that_match_are_those_that_the_compiled_matcher_finds(
         return
     table = view_table(compile_table(compiled_rules(plan), (), 1))
     ring = list(plan.rings).index(interface)
-    entry = match(table.view, address_number(group), port, ring, address_number(source))
+    entry = match(table.view, addressed(source, group), port, ring)
     matched = set()
     if entry != NO_ENTRY:
         first, count = table["entries"][entry]["first_route"], table["entries"][entry]["routes"]
@@ -136,6 +144,7 @@ def facts_of(rules: list[Rule], sockets: list[UdpSocket]) -> Facts:
         own_inodes=frozenset(range(10)),
         memberships_max=20,
         ttl_default=64,
+        hop_limits={},
         rule_stats={},
         workers=(),
     )
@@ -180,12 +189,11 @@ def test_own_egress_is_what_the_compiled_check_finds(
     for number, (to, to_port, preserve) in enumerate(outputs):
         remote = ("0.0.0.0", 0) if preserve else (to, to_port)
         sockets.append(UdpSocket(("10.3.0.1", 40_000 + number), remote, number))
-        address = 0 if preserve else address_number("10.3.0.1")
-        own.append(OwnSource(address, 40_000 + number, address_number(to), to_port))
+        own.append(OwnSource(None if preserve else "10.3.0.1", 40_000 + number, to, to_port))
     sockets.append(UdpSocket(("10.3.0.1", 40_004), ("239.1.1.1", 5000), 99))  # another program's
     found = own_egress(facts_of(rules, sockets), Datagram(source, source_port, group, port, "lo")).verdict == "stop"
     table = view_table(compile_table((), own, 1))
-    assert found is is_own_source(table.view, address_number(source), source_port, address_number(group), port)
+    assert found is is_own_source(table.view, addressed(source, group, source_port, port))
 
 
 def test_the_interface_in_whose_network_the_source_is_comes_first() -> None:
@@ -195,11 +203,90 @@ def test_the_interface_in_whose_network_the_source_is_comes_first() -> None:
     assert likely_interface("192.0.2.1", networks, ["b"]) == ("b", "the relay takes in from no other")
     assert likely_interface("192.0.2.1", networks, [])[0] is None
 
+    networks = {
+        "a": [("fd00:1::1", "ffff:ffff::"), ("10.1.0.1", "255.255.0.0")],
+        "b": [("fd00:1:2::1", "ffff:" * 3 + ":")],
+    }
+    assert likely_interface("fd00:1:3::9", networks, ["a", "b"]) == ("a", "fd00:1:3::9 is in its network fd00:1::/32")
+    assert likely_interface("fd00:1:2::9", {"b": networks["b"]}, ["a", "b"])[0] == "b"
+    networks = {"b": [("fe80::1", "ffff:ffff:ffff:ffff::")]}
+    assert likely_interface("fe80::9", networks, ["a", "b"]) == ("a", "it is the relay's first")
+
 
 def test_the_frame_asked_about_is_whole() -> None:
     raw = frame(Datagram("10.0.0.7", 4000, "239.1.1.1", 5001, "a"))
     assert len(raw) == bpf.FRAME_BYTES_MIN
     assert raw[26:34] == socket.inet_aton("10.0.0.7") + socket.inet_aton("239.1.1.1")
+    raw6 = frame(Datagram("fd00::7", 4000, "ff3e::1", 5001, "a"))
+    parsed = Ether(raw6)
+    assert (parsed[IPv6].src, parsed[IPv6].dst, parsed[UDP].dport, parsed[UDP].sport) == (
+        "fd00::7",
+        "ff3e::1",
+        5001,
+        4000,
+    )
+    assert bytes(parsed) == raw6
+    assert admits(bpf.assemble({("ff3e::1", 5001)}), raw6)
+    assert not admits(bpf.assemble({("ff3e::1", 5002), ("ff3e::2", 5001)}), raw6)
+
+
+@pytest.mark.parametrize(
+    ("text", "needs_port", "found"),
+    [
+        ("10.0.0.7", False, ("10.0.0.7", None)),
+        ("10.0.0.7:5", False, ("10.0.0.7", 5)),
+        ("fd00::7", False, ("fd00::7", None)),
+        ("[FD00:0::7]", False, ("fd00::7", None)),
+        ("[ff3e::1]:5000", True, ("ff3e::1", 5000)),
+    ],
+)
+def test_endpoints_are_read(text: str, needs_port: bool, found: tuple[str, int | None]) -> None:
+    assert parse_endpoint(text, "source", needs_port) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["ff3e::1", "[ff3e::1]", "[ff3e::1]5000", "[ff3e::1]:x", "[ff3e::1", "fe80::1%a", ":1"]
+)
+def test_endpoints_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="destination"):
+        parse_endpoint(text, "destination", needs_port=True)
+
+
+def test_an_ipv6_datagram_is_followed_as_an_ipv4_one() -> None:
+    rule = Rule(rule_id="r", input_group="ff3e::1", input_port=5001, outputs=(Output("ff3e::2", 6001, "lo"),))
+    interfaces = {"lo": Interface("lo", 1, True, True, 1500, (), ("fd00::1", "fe80::1"))}
+    joined = host.joined("", "1    lo ff3e0000000000000000000000000001     1 00000004 0")
+    facts = dataclasses.replace(
+        facts_of([], []),
+        plan=make_plan([rule], interfaces, ("lo",)),
+        interfaces=interfaces,
+        joined=joined,
+        workers=({"state": "running"},),
+    )
+    found = explain(facts, Datagram("fd00::7", None, "ff3e::1", 5001, "lo"))
+    assert found.relayed, found.summary
+    reasons = {step.step.partition(" ")[0]: step.reason for step in found.steps}
+    assert reasons["join"] == "ff3e::1 is joined on lo, any source"
+    assert reasons["rule"] == "rule r takes [ff3e::1]:5001"
+    assert "to [ff3e::2]:6001 from fd00::1 with hop limit 1; payloads over 1452 bytes" in reasons["output"]
+    other = explain(facts, Datagram("fd00::7", None, "ff3e::1", 5002, "lo"))
+    assert "keeps [ff3e::1]:5002 out" in {step.step: step.reason for step in other.steps}["filter"]
+
+
+def test_a_source_that_the_kernel_does_not_show_is_no_refusal() -> None:
+    """Of /proc/net/mcfilter, the sources of groups behind one that has none are missing."""
+    rule = Rule(
+        rule_id="r", input_group="ff3e::1", input_port=5001, source="fd00::7", outputs=(Output("ff3e::2", 6001, "lo"),)
+    )
+    interfaces = {"lo": Interface("lo", 1, True, True, 1500, (), ("fd00::1",))}
+    plan = make_plan([rule], interfaces, ("lo",))
+    joined = host.joined("", "1    lo ff3e0000000000000000000000000001     1 00000004 0")
+    facts = dataclasses.replace(facts_of([], []), plan=plan, interfaces=interfaces, joined=joined)
+    header = "Idx Device                Multicast Address                   Source Address    INC    EXC\n"
+    row = f"  1     lo {'ff3e' + '0' * 27}1 {'fd00' + '0' * 27}{{}}      1      0\n"
+    for text, verdict in ((header, "note"), (header + row.format(7), "pass"), (header + row.format(8), "stop")):
+        shown = dataclasses.replace(facts, source_filters=host.source_filters(text))
+        assert join(shown, Datagram("fd00::7", None, "ff3e::1", 5001, "lo")).verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.addresses import halves
 from relay.cli.top.segments import Segments
 from relay.cli.top.streams import SILENT_NS, Inputs, faults
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.layout import COUNT_MAX, Payload
-from relay.rules import address_number
 from relay.stream_growth import Look
 
 INSTANCE = f"topstreams{os.getpid()}"
@@ -45,9 +45,9 @@ streams = st.lists(
 def look_at(seen: list[Any]) -> Look:
     """What a Growth tells of streams."""
     size = len(seen)
-    addresses = [(address_number(group), port, ring, address_number(source)) for group, port, ring, source, *_ in seen]
+    addresses = [(*halves(group), port, ring, *halves(source)) for group, port, ring, source, *_ in seen]
     return Look(
-        addresses=np.array(addresses, np.int64).reshape(size, 4),
+        addresses=np.array(addresses, np.int64).reshape(size, 6),
         carried=np.array([int(kind) for *_, kind, _, _, _, _ in seen], np.int64),
         added=np.array([(lost, 7, 7, errors, 7) for *_, lost, errors, _, _ in seen], np.int64).reshape(size, 5),
         is_new=np.ones(size, bool),
@@ -90,7 +90,7 @@ def test_nothing_that_a_worker_may_write_is_too_strange(segment: StatsSegment) -
     segments = Segments(INSTANCE)
     segments.refresh()
     segment.bytes[4096:] = 0xFF  # no record: negative numbers
-    inputs = Inputs.of([("255.255.255.255", 65_535, None, [65_535])])
+    inputs = Inputs.of([(":".join(["ffff"] * 8), 65_535, None, [65_535])])
     assert faults(inputs, segments.streams(), NOW_NS).losses.tolist() == [0]
     segment.streams["number"] = COUNT_MAX
     for name in ("rtp_lost", "continuity_errors", "jitter_ns_16", "last_ns"):

@@ -1,7 +1,10 @@
 """A worker's memory without a process, a ring or sockets, for what only computes."""
 
+from typing import Any
+
 import numpy as np
 
+from relay.addresses import halves
 from relay.dataplane import layout, memory
 from relay.dataplane.copies import COPIES_BYTES
 
@@ -12,3 +15,12 @@ def bare_memory() -> memory.Memory:
     sqes = np.zeros(memory.SQ_ENTRIES, layout.IO_URING_SQE)
     cqes, stats = np.zeros(1, layout.IO_URING_CQE), np.zeros(layout.STATS_BYTES, np.uint8)
     return memory.Memory(sqes, cqes, stats, np.zeros(COPIES_BYTES, np.uint8), (log,) * 4)
+
+
+def addressed(source: str, group: str, sport: int = 0, dport: int = 0) -> Any:
+    """A DATAGRAM record from one address and port to another."""
+    datagram = np.zeros(1, layout.DATAGRAM)[0]
+    datagram["src_first"], datagram["src_second"] = halves(source)
+    datagram["dst_first"], datagram["dst_second"] = halves(group)
+    datagram["sport"], datagram["dport"] = sport, dport
+    return datagram

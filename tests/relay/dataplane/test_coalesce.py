@@ -14,8 +14,8 @@ from relay.dataplane.copies import COPIES_BYTES
 from relay.dataplane.table import TableOutput, TableRule, compile_table, view_table
 from relay.dataplane.uring import Uring
 
-LOOPBACK = 0x7F000001
-LO_MTU_PAYLOAD = 65_508
+FAMILIES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))  # of the outputs of each stream
+LO_MTU_PAYLOAD = 65_488
 RECEIVE_BUFFER_BYTES = 256 << 20
 SO_RCVBUFFORCE = 33
 LOG_BYTES = 16_384
@@ -28,7 +28,7 @@ TRAINS = st.lists(
 
 
 class Sender:
-    """The second half of the data path, with two outputs for each of three streams."""
+    """The second half of the data path, with an IPv4 and an IPv6 output for each of three streams."""
 
     def __init__(self, gso_segment_bytes_max: int) -> None:
         self.uring = Uring(memory.SQ_ENTRIES)
@@ -38,19 +38,20 @@ class Sender:
             self.uring.sqes, self.uring.cqes, stats, np.zeros(COPIES_BYTES, np.uint8), (log, log, log, log)
         )
         self.uring.attach(self.memory.worker)
-        self.receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(6)]
-        self.egress = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.memory["egress_fds"]["value"][0] = self.egress.fileno()
+        self.receivers = [socket.socket(FAMILIES[i % 2][0], socket.SOCK_DGRAM) for i in range(6)]
+        self.egress = [socket.socket(family, socket.SOCK_DGRAM) for family, _ in FAMILIES]
+        for number, sock in enumerate(self.egress):
+            self.memory["egress_fds"]["value"][number] = sock.fileno()
         rules = []
         for stream in range(3):
             outputs = []
-            for copy in range(2):
+            for copy, (_, address) in enumerate(FAMILIES):
                 receiver = self.receivers[stream * 2 + copy]
                 receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
-                receiver.bind(("127.0.0.1", 0))
+                receiver.bind((address, 0))
                 port = receiver.getsockname()[1]
-                outputs.append(TableOutput(stream * 2 + copy, LOOPBACK, port, 0, gso_segment_bytes_max, False, False))
-            rules.append(TableRule(stream, f"r{stream}", 100 + stream, 1, 0, (0,), False, tuple(outputs)))
+                outputs.append(TableOutput(stream * 2 + copy, address, port, copy, gso_segment_bytes_max, False, False))
+            rules.append(TableRule(stream, f"r{stream}", f"239.0.0.{stream + 1}", 1, None, (0,), False, tuple(outputs)))
         self.table = view_table(compile_table(rules, (), 1))
 
     def relay(self, trains: list[tuple[int, int, int, int]]) -> list[list[bytes]]:
@@ -86,7 +87,7 @@ class Sender:
         return payloads
 
     def close(self) -> None:
-        for sock in (self.egress, *self.receivers):
+        for sock in (*self.egress, *self.receivers):
             sock.close()
         self.uring.close()
 

@@ -65,7 +65,7 @@ class Guarded:
 
     def __init__(self, *limits: tuple[int, int], cells: Any = None) -> None:
         rules = [
-            TableRule(slot, f"r{slot}", 100, 1, 0, (0,), False, (), max_pps, max_bps)
+            TableRule(slot, f"r{slot}", "239.0.0.1", 1, None, (0,), False, (), max_pps, max_bps)
             for slot, (max_pps, max_bps) in enumerate(limits)
         ]
         load_liburing()  # what closes a batch is linked with what sends it

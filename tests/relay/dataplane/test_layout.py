@@ -1,6 +1,7 @@
 """Every kernel layout against the C ABI: a program compiled from the kernel's and libc's headers prints the truth."""
 
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from relay import bpf, health
 from relay.cli.capture import tap
-from relay.dataplane import layout, memory, uring, uring_params
+from relay.dataplane import layout, memory, send, uring, uring_params
 
 HEADERS = (
     "stddef.h",
@@ -41,6 +42,7 @@ STRUCTS: list[tuple[str, Any, str, dict[str, str | None]]] = [
     ("MSGHDR", layout.MSGHDR, "struct msghdr", {"pad0": None, "pad1": None}),
     ("MMSGHDR", layout.MMSGHDR, "struct mmsghdr", {"pad": None}),
     ("SOCKADDR_IN", layout.SOCKADDR_IN, "struct sockaddr_in", {}),
+    ("SOCKADDR_IN6", layout.SOCKADDR_IN6, "struct sockaddr_in6", {}),
     ("POLLFD", memory.POLLFD, "struct pollfd", {}),
     ("IO_URING_SQE", layout.IO_URING_SQE, "struct io_uring_sqe", {"pad2": None}),
     ("IO_URING_CQE", layout.IO_URING_CQE, "struct io_uring_cqe", {}),
@@ -61,8 +63,13 @@ CONSTANTS = {
     "IORING_SETUP_SUBMIT_ALL": uring_params.IORING_SETUP_SUBMIT_ALL,
     "IORING_SETUP_SINGLE_ISSUER": uring_params.IORING_SETUP_SINGLE_ISSUER,
     "CMSG_SPACE(2)": layout.CMSG_UDP_SEGMENT_BYTES,
-    "CMSG_SPACE(4)": layout.CMSG_IP_TTL_BYTES,
+    "CMSG_SPACE(4)": layout.CMSG_TTL_BYTES,
     "CMSG_SPACE(sizeof(struct in_pktinfo))": layout.CMSG_IP_PKTINFO_BYTES,
+    "CMSG_SPACE(sizeof(struct in6_pktinfo))": layout.CMSG_IPV6_PKTINFO_BYTES,
+    "IPV6_PKTINFO": send.IPV6_PKTINFO,
+    "IPV6_HOPLIMIT": send.IPV6_HOPLIMIT,
+    "IPPROTO_IPV6": send.IPPROTO_IPV6,
+    "AF_INET6": socket.AF_INET6,
 }
 
 

@@ -20,7 +20,6 @@ from relay.errors import RuleError
 from tests.relay.dataplane.test_coalesce import (
     LO_MTU_PAYLOAD,
     LOG_BYTES,
-    LOOPBACK,
     RECEIVE_BUFFER_BYTES,
     SO_RCVBUFFORCE,
 )
@@ -29,6 +28,7 @@ RECORD = 7
 STALL_NS = 100_000_000
 PAYLOAD_BYTES = 24
 PRIMARY, SECONDARY = 0, 1
+GROUPS = ("239.0.0.1", "ff3e::8000:1")  # of the legs
 SSRC = 0xABCD
 
 Arrival = tuple[int, int]  # leg, sequence number
@@ -58,14 +58,14 @@ class Merger:
             receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
             receiver.bind(("127.0.0.1", 0))
             port = receiver.getsockname()[1]
-            outputs.append((TableOutput(slot, LOOPBACK, port, 0, LO_MTU_PAYLOAD, False, False),))
+            outputs.append((TableOutput(slot, "127.0.0.1", port, 0, LO_MTU_PAYLOAD, False, False),))
         rules = [
             TableRule(
                 0,
                 "both",
-                100 + leg,
+                GROUPS[leg],
                 1,
-                0,
+                None,
                 (0,),
                 False,
                 outputs[0],
@@ -74,7 +74,7 @@ class Merger:
             for leg in (PRIMARY, SECONDARY)
         ]
         if is_shared:
-            rules.append(TableRule(1, "other", 100, 1, 0, (0,), False, outputs[1]))
+            rules.append(TableRule(1, "other", GROUPS[PRIMARY], 1, None, (0,), False, outputs[1]))
         self.table = view_table(compile_table(rules, (), 1))
         self.worker = self.memory.worker
         self.datagram = np.zeros(1, layout.DATAGRAM)[0]
@@ -336,8 +336,8 @@ def test_what_is_no_rtp_passes_from_the_primary_alone(merger: Merger) -> None:
 
 def test_two_protected_rules_do_not_share_an_input() -> None:
     rules = [
-        TableRule(slot, f"r{slot}", 100, 1, 0, (0,), False, (), protection=TableProtection(slot, 0, layout.SEAMLESS))
-        for slot in (0, 1)
+        TableRule(slot, f"r{slot}", "239.0.0.1", 1, None, (0,), False, (), protection=protected)
+        for slot, protected in enumerate(TableProtection(slot, 0, layout.SEAMLESS) for slot in (0, 1))
     ]
     with pytest.raises(RuleError, match="rules r0 and r1 both protect"):
         compile_table(rules, (), 1)

@@ -9,10 +9,10 @@ import numpy as np
 from relay.dataplane import layout, memory, streams
 from relay.dataplane.memory import address_of
 from relay.dataplane.table import TableRule, compile_table, view_table
-from tests.relay.dataplane.bare import bare_memory
+from tests.relay.dataplane.bare import addressed, bare_memory
 
 S = 1_000_000_000
-GROUP, PORT, SOURCE = 0xEF010101, 5001, 0x0A010001
+GROUP, PORT, SOURCE = "ff3e::8000:1", 5001, "2001:db8::7"
 CELL = b"\x47\x01\x00\x10".ljust(188, b"\xff")
 
 
@@ -30,10 +30,10 @@ class Worker:
     ) -> Any:
         """Observe a datagram of a flow that is new to the flow cache; return its record, or None."""
         data = np.frombuffer(payload, np.uint8).copy()
-        datagram = np.zeros(1, layout.DATAGRAM)[0]
+        datagram = addressed(SOURCE, GROUP, sport, dport)
         segment_bytes = segment_bytes or len(payload)
-        values = (SOURCE, GROUP, sport, dport, 8, -(-len(payload) // segment_bytes), segment_bytes, len(payload))
-        for name, value in zip(layout.DATAGRAM.names or (), (*values, address_of(data), at_ns), strict=True):
+        values = (8, -(-len(payload) // segment_bytes), segment_bytes, len(payload), address_of(data), at_ns)
+        for name, value in zip((layout.DATAGRAM.names or ())[6:], values, strict=True):
             datagram[name] = value
         self.memory.worker["now_ns"] = at_ns
         self.flow["stream"] = memory.STREAM_UNSOUGHT
@@ -89,7 +89,7 @@ def test_streams_that_no_rule_asks_for_are_forgotten() -> None:
     worker = Worker()
     for sport, dport in itertools.product((1, 2, 3), (PORT, PORT + 1)):
         worker.take(sport=sport, dport=dport)
-    rule = TableRule(0, "r", GROUP, PORT, 0, (0,), False, ())
+    rule = TableRule(0, "r", GROUP, PORT, None, (0,), False, ())
     table = view_table(compile_table([rule], (), 1))
     streams.prune(worker.memory.worker, table.view)
     assert worker.used() == 3

@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.addresses import is_ipv6
 from relay.supervisor import egress_watch
 from relay.supervisor.egress import EgressKey, egress_key
-from relay.supervisor.egress_watch import LINES_MAX, EgressWatch, parse_queue_drops, parse_unanswered
-from relay.supervisor.interfaces import Interface
+from relay.supervisor.egress_watch import (
+    LINES_MAX,
+    EgressWatch,
+    parse_queue_drops,
+    parse_unanswered,
+    parse_unanswered_ipv6,
+)
+from relay.supervisor.interfaces import Interface, snapshot
+from tests.system.harness import wait_until
 from tools.netns import Line
 
 ARP = """IP address       HW type     Flags       HW address            Mask     Device
@@ -34,6 +42,8 @@ def test_an_entry_without_a_hardware_address_is_unanswered() -> None:
 def test_any_netlink_answer_is_read_to_its_end_or_refused(answer: bytes) -> None:
     drops, _ = parse_queue_drops(answer)
     assert all(count >= 0 for count in drops.values())
+    found, _ = parse_unanswered_ipv6(answer)
+    assert all(is_ipv6(address) or "." in address for address, _ in found)
 
 
 def test_silence_is_told_at_the_second_look_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,3 +91,22 @@ def test_what_a_full_queue_drops_is_in_the_kernels_answer(line: Line) -> None:
         for _ in range(100):
             out.sendto(bytes(1000), ("10.1.0.2", 6001))
         assert 0 < egress_watch.queue_drops()[index] <= 100
+
+
+def test_an_ipv6_receiver_that_does_not_answer_is_told_and_when_it_does(line: Line) -> None:
+    host, sink = line.hosts
+    watch = EgressWatch()
+    with host.inside(), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as out:
+        addresses = ("fd00:1::9", "fd00:1::2", "10.1.0.2", "ff3e::1")
+        keys = [egress_key(address, 6001, snapshot()["right"], None, None, False) for address in addresses]
+
+        def look() -> list[str]:
+            for address in addresses[:2]:
+                out.sendto(b"payload", (address, 6001))
+            return list(watch.look(1, keys))
+
+        assert look() == []
+        (line_,) = wait_until(look, "silence is told")
+        assert line_.startswith("No neighbour answer from fd00:1::9 on right: what is sent there is lost")
+        sink.ip("addr", "add", "fd00:1::9/64", "dev", "left", "nodad")
+        assert wait_until(look, "it answers") == ["fd00:1::9 on right is looked for no more, or answers"]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from logging_shm import Facility, LevelPolicy, SupervisorLogging
+from relay.addresses import halves
 from relay.dataplane import layout
 from relay.dataplane.counters import StatsSegment
 from relay.dataplane.table import view_table
 from relay.errors import RelayError, RuleError
-from relay.rules import Output, Rule, Secondary, address_number
+from relay.rules import Output, Rule, Secondary
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.ingress import FRAME_BYTES, Fanout
 from relay.supervisor.interfaces import snapshot
@@ -87,7 +88,7 @@ def keys_of(fleet: Fleet, group: str) -> dict[int, tuple[int, bool]]:
     return {
         int(key["ring"]): (int(entries[key["entry"]]["routes"]), bool(entries[key["entry"]]["protection"]))
         for key in table["keys"]
-        if key["entry"] >= 0 and key["dst"] == address_number(group)
+        if key["entry"] >= 0 and (key["dst_first"], key["dst_second"]) == halves(group)
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from logging_shm import Facility, LevelPolicy, SupervisorLogging
-from relay.rules import Output, Rule, address_number
+from relay.addresses import halves
+from relay.rules import Output, Rule
 from relay.supervisor.fleet import Fleet
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.interfaces import snapshot
@@ -36,7 +37,8 @@ class Watched:
     def stream(self, place: int = 0, group: str = "239.1.1.1", source: str = "10.0.0.7", last_ms: int = 1) -> Any:
         """A worker has made a record."""
         record = self.stats.streams[place]
-        record["src"], record["dst"] = address_number(source), address_number(group)
+        record["src_first"], record["src_second"] = halves(source)
+        record["dst_first"], record["dst_second"] = halves(group)
         record["sport"], record["dport"], record["last_ns"] = 4000 + place, 5001, last_ms * MS
         record["number"] = place + 1
         return record

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from logging_shm import LevelPolicy
+from relay.addresses import halves
 from relay.dataplane.layout import COUNT_MAX, Payload
 from relay.health import MpegTsTotals, RtpTotals
-from relay.rules import Output, Rule, address_number
+from relay.rules import Output, Rule
 from relay.supervisor.fleet import Fleet
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.interfaces import snapshot
@@ -35,7 +36,8 @@ class Summed:
         record = self.fleet.workers[core].stats.streams[place]
         for name in record.dtype.names:
             record[name] = 0
-        record["src"], record["dst"] = address_number(source), address_number("239.1.1.1")
+        record["src_first"], record["src_second"] = halves(source)
+        record["dst_first"], record["dst_second"] = halves("239.1.1.1")
         record["dport"], record["kind"] = 5001, kind
         self._number += 1
         record["number"] = self._number
