@@ -1,4 +1,4 @@
-"""Raw memory accesses for compiled code: plain, and with acquire or release order.
+"""Raw memory accesses for compiled code: plain, with acquire or release order, and read-modify-write.
 
 Addresses are int64. Acquire loads, release stores and fences become LLVM's `load atomic`, `store atomic` and
 `fence`: nothing else in this project orders memory between processes. Atomic accesses must be naturally aligned,
@@ -80,6 +80,32 @@ def _fence(ordering: str) -> Any:
         return types.void(), generate
 
     return intrinsic(typing)
+
+
+def _compare_exchange(typing_context: Any, address: Any, expected: Any, wanted: Any) -> Any:
+    """Store `wanted` where `expected` is, at once; the value that was found. For one word that orders nothing else."""
+    if not all(isinstance(kind, types.Integer) for kind in (address, expected, wanted)):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = pointer_at(context, builder, args[0], signature.args[0], ir.IntType(64))
+        expected, wanted = (context.cast(builder, args[i], signature.args[i], types.int64) for i in (1, 2))
+        return builder.extract_value(builder.cmpxchg(pointer, expected, wanted, "monotonic", "monotonic"), 0)
+
+    return types.int64(address, expected, wanted), generate
+
+
+def _add(typing_context: Any, address: Any, increment: Any) -> Any:
+    """Add to an int64, at once; the value before. For one word that orders nothing else."""
+    if not isinstance(address, types.Integer) or not isinstance(increment, types.Integer):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = pointer_at(context, builder, args[0], signature.args[0], ir.IntType(64))
+        added = context.cast(builder, args[1], signature.args[1], types.int64)
+        return builder.atomic_rmw("add", pointer, added, "monotonic")
+
+    return types.int64(address, increment), generate
 
 
 def _prefetch(for_write: bool) -> Any:
@@ -172,6 +198,8 @@ load_acquire_i64 = _load(64, types.int64, "acquire")
 store_release_u8 = _store(8, types.uint8, "release")
 store_release_u32 = _store(32, types.uint32, "release")
 store_release_i64 = _store(64, types.int64, "release")
+compare_exchange_i64: Any = intrinsic(_compare_exchange)
+add_atomic_i64: Any = intrinsic(_add)
 fence_acquire: Any = _fence("acquire")
 fence_release: Any = _fence("release")
 prefetch_read: Any = _prefetch(for_write=False)

@@ -113,9 +113,9 @@ class SharedSPSCRingBuffer:
         return cls(Segment.create(name, facility, capacity or RING_CAPACITY[facility], **segment))
 
     @classmethod
-    def attach(cls, name: str, owners: Collection[int] | None = None) -> Self:
-        """Use the existing segment `name`. Raises SegmentError, see Segment.attach."""
-        return cls(Segment.attach(name, owners))
+    def attach(cls, name: str, owners: Collection[int] | None = None, header_only: bool = False) -> Self:
+        """Use the existing segment `name`; with `header_only` no records. Raises SegmentError, see Segment.attach."""
+        return cls(Segment.attach(name, owners, header_only))
 
     # --- the writer's side --------------------------------------------------------------------------
 

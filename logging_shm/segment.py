@@ -102,11 +102,22 @@ def hand_over(fd: int, uid: int, gid: int) -> None:
         os.fchown(fd, uid, gid)
 
 
+def copy_of_header(fd: int) -> mmap.mmap:
+    """What stands before the records, in memory of its own; zeros where the file has less. Raises OSError."""
+    memory = mmap.mmap(-1, RECORDS_OFFSET)
+    header = os.pread(fd, RECORDS_OFFSET, 0)
+    memory[: len(header)] = header
+    return memory
+
+
 class Segment:
     """A mapped segment; a context manager. `memory` is the mapping, `bytes` the same as a NumPy array."""
 
-    def __init__(self, name: str, fd: int, owner: bool) -> None:
-        """Map `fd` and close it. Raises SegmentError when it is too small for a header, or larger than any ring."""
+    def __init__(self, name: str, fd: int, owner: bool, header_only: bool = False) -> None:
+        """Map `fd`, or a copy of its header, and close it.
+
+        Raises SegmentError when it is too small for a header, or larger than any ring.
+        """
         self.name = name
         self._owner = owner
         try:
@@ -117,7 +128,7 @@ class Segment:
                 raise SegmentError(f"/dev/shm/{name} is truncated: {self.size} bytes")
             if self.size > SEGMENT_BYTES_MAX:  # a file with holes may have any size
                 raise SegmentError(f"/dev/shm/{name} is no log segment: {self.size} bytes")
-            self.memory = mmap.mmap(fd, self.size)
+            self.memory = copy_of_header(fd) if header_only else mmap.mmap(fd, self.size)
         except OSError as error:
             raise SegmentError(f"/dev/shm/{name}: mmap: {error.strerror}") from error
         finally:
@@ -183,11 +194,12 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, name: str, owners: Collection[int] | None = None) -> Self:
+    def attach(cls, name: str, owners: Collection[int] | None = None, header_only: bool = False) -> Self:
         """Map an existing segment; with `owners`, only one that belongs to one of these user ids.
 
         Whoever owns a segment may truncate it, upon which reading it ends in SIGBUS: a service says whom it trusts, and
-        lives on after `truncation.survive_truncation`.
+        lives on after `truncation.survive_truncation`. With `header_only` nothing of it is mapped: there is a copy of
+        the header as it is now, and no record.
 
         Raises SegmentError when there is none, when others than its owner may write it, or it is not one of ours;
         OtherVersionError when it has another ABI version.
@@ -206,7 +218,7 @@ class Segment:
             raise SegmentError(
                 f"/dev/shm/{name} belongs to user id {status.st_uid}, not to {sorted(owners)}: remove it"
             )
-        segment = cls(name, shm.fd, owner=False)
+        segment = cls(name, shm.fd, owner=False, header_only=header_only)
         if segment.get("magic") != SEGMENT_MAGIC:
             raise SegmentError(f"/dev/shm/{name} is no log segment")
         version = segment.get("abi_version")
@@ -461,7 +473,7 @@ def owner_of(name: str, uid: int = -1) -> int | None:
     to whoever has it open.
     """
     try:
-        segment = Segment.attach(name, {0, os.geteuid(), uid})
+        segment = Segment.attach(name, {0, os.geteuid(), uid}, header_only=True)
     except SegmentError:
         if not is_remnant(name, uid):
             raise
@@ -469,7 +481,7 @@ def owner_of(name: str, uid: int = -1) -> int | None:
         if segment.writer_is_running():
             return segment.get("process")
         return segment.get("creator") if segment.is_owned() else None
-    # Not in the handler: there the exception's frames still map the segment, and this process would be found.
+    # Not in the handler: there the exception's frames still have the segment, and this process may be found.
     return next(iter(used_by(name)), None)
 
 

@@ -110,11 +110,15 @@ class Pong(msgspec.Struct, frozen=True):
 
 
 class Added(msgspec.Struct, frozen=True):
-    """Of AddRules: the ids in the order of the request; those of rules that were active already; what to know."""
+    """Of AddRules: the ids in the order of the request; those of rules that were active already; what to know.
+
+    `replaced` are those that had other content.
+    """
 
     rule_ids: tuple[str, ...]
     unchanged: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
 
 class Removed(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from relay.messages import Stats, WorkerStats
 from relay.rules import Rule
 
 TIMEOUT_S = 30.0  # ten thousand rules are installed in a fraction of it
+SILENCE_S = 2.0  # then whoever waits is told for what; a restart answers sooner
 RETRY_S = 0.02
 RESTART_S_MAX = 30.0
 RESTART_POLL_S = 0.05
@@ -144,7 +145,7 @@ def are_replaced(workers: Iterable[Mapping[str, Any]], former: frozenset[int]) -
 def unreachable(path: Path, error: OSError) -> UnreachableError:
     """Nobody answers at `path`."""
     reason = error.strerror or str(error)
-    remedy = "start one with `sudo make run IFACE=…`, or give --socket or --instance"
+    remedy = "start one with `sudo mcrd --interface …` or `sudo make run IFACE=…`, or give --socket or --instance"
     if error.errno == errno.EAGAIN:
         reason = "its queue of clients stayed full"
     elif error.errno == errno.EACCES:
@@ -158,6 +159,14 @@ def too_slow(path: Path, timeout_s: float) -> UnreachableError:
         f"{path}: no answer within {timeout_s:g} s: if its mcrd is gone, start it again with the same options: "
         "workers relay meanwhile, and it takes them over"
     )
+
+
+def silent(path: Path, gone_pid: int | None, left_s: float) -> str:
+    """What to tell who waits for an answer. `gone_pid`: of the mcrd behind `path`, if it is known to have ended."""
+    who = "mcrd does not answer: is it running?"
+    if gone_pid is not None:
+        who = f"mcrd (pid {gone_pid}) is gone: start it again with the same options, and it answers:"
+    return f"{path}: {who} waiting {left_s:.0f} s more"
 
 
 def lost(path: Path, request: api.Request, reason: str) -> UnreachableError:

@@ -8,18 +8,20 @@ sent again: a look costs nothing, and a change carries an id under which the rel
 """
 
 import contextlib
+import os
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from relay import calls
 from relay.api import ActiveRule, Added, Answer, ListWorkers, Pong, Removed, Request, Restart
-from relay.calls import RETRY_S, TIMEOUT_S, BrokenError, Call, Result
+from relay.calls import RETRY_S, SILENCE_S, TIMEOUT_S, BrokenError, Call, Result
 from relay.config import socket_path
+from relay.credentials import peer_of
 from relay.errors import UnreachableError
 from relay.messages import Stats, WorkerStats
 from relay.rules import Rule
@@ -35,11 +37,20 @@ class Client:
     """
 
     def __init__(
-        self, path: Path | str | None = None, timeout_s: float = TIMEOUT_S, *, instance: str | None = None
+        self,
+        path: Path | str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        *,
+        instance: str | None = None,
+        on_silence: Callable[[str], None] | None = None,
     ) -> None:
-        """Connect to the control socket at `path`, or to that of `instance`. Raises UnreachableError."""
+        """Connect to the control socket at `path`, or to that of `instance`. Raises UnreachableError.
+
+        `on_silence` is told in a line what is waited for, once, when an answer takes more than two seconds.
+        """
         self._path = Path(path) if path is not None else socket_path(None, instance)
         self._timeout_s = timeout_s
+        self._on_silence = on_silence
         self._socket: socket.socket | None = None
         self._connect(time.monotonic() + timeout_s)
 
@@ -89,8 +100,7 @@ class Client:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(line)
             while True:
-                sock.settimeout(max(deadline_s - time.monotonic(), 0.001))
-                received = answer.feed(sock.recv(calls.RECEIVE_BYTES))
+                received = answer.feed(self._receive(sock, deadline_s))
                 if received is not None:
                     return received
         except BaseException as error:
@@ -100,6 +110,16 @@ class Client:
             if isinstance(error, OSError):
                 raise BrokenError(str(error)) from error
             raise
+
+    def _receive(self, sock: socket.socket, deadline_s: float) -> bytes:
+        if self._on_silence is not None:
+            sock.settimeout(max(min(deadline_s - time.monotonic(), SILENCE_S), 0.001))
+            with contextlib.suppress(TimeoutError):
+                return sock.recv(calls.RECEIVE_BYTES)
+            tell, self._on_silence = self._on_silence, None
+            tell(calls.silent(self._path, _gone(sock), max(deadline_s - time.monotonic(), 0.0)))
+        sock.settimeout(max(deadline_s - time.monotonic(), 0.001))
+        return sock.recv(calls.RECEIVE_BYTES)
 
     def _call(self, call: Call[Result]) -> Result:
         return call.read(self.ask(call.request))
@@ -153,6 +173,7 @@ class Client:
         """
         deadline_s = time.monotonic() + timeout_s
         former = calls.pids(self.ask(ListWorkers()).result)
+        self._on_silence = None  # the new program is checked first, which takes its time
         with contextlib.suppress(UnreachableError):  # it may be gone before it has answered
             self.ask(Restart())
         while not self._are_replaced(former):
@@ -182,3 +203,15 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _gone(sock: socket.socket) -> int | None:
+    """The pid of who listens at the other end, if that process has ended. Templates keep the socket of a dead mcrd."""
+    pid, _, _ = peer_of(sock)
+    with contextlib.suppress(PermissionError):
+        try:
+            if pid:  # 0: it can't be seen from this pid namespace
+                os.kill(pid, 0)
+        except ProcessLookupError:
+            return pid
+    return None

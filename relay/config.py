@@ -4,6 +4,7 @@ Files are read in relay/configfile.py; docs/configuration.md is made of what sta
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from msgspec import Meta
 from logging_shm.sinks.selection import Selection, SinkError
 from logging_shm.sinks.url import Described
 from relay.conversion import faults
-from relay.errors import ConfigError
+from relay.errors import ConfigError, UsageError
 from relay.ranges import ConfiguredRule
 from relay.rules import KeyPath, Rule, named, validate
 
@@ -138,17 +139,20 @@ def given(command_line: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(file_options: dict[str, Any], command_line: dict[str, Any]) -> Options:
-    """Options from both, the command line's before the file's. Raises ConfigError."""
+    """Options from both, the command line's before the file's. Raises ConfigError, UsageError."""
     together = {**file_options, **given(command_line)}
     for path, message in faults(together, Options):
-        raise ConfigError(f"command line: {path[0]}: {message}{HINTS.get(path, '')}")
+        raise UsageError(f"command line: {path[0]}: {message}{HINTS.get(path, '')}")
     options = msgspec.convert(together, Options)
     options = msgspec.structs.replace(options, interfaces=tuple(dict.fromkeys(options.interfaces)))
     if not options.interfaces:
-        raise ConfigError("no interface: give --interface, or `interfaces` in the configuration")
-    if options.instance is not None:
-        check_instance(options.instance)
-    sinks(options)
+        raise UsageError("no interface: give --interface, or `interfaces` in the configuration")
+    for key, check in CHECKS.items():
+        if getattr(options, key):
+            try:
+                check(getattr(options, key))
+            except ConfigError as error:
+                raise (UsageError if key in given(command_line) else ConfigError)(str(error)) from None
     return options
 
 
@@ -161,10 +165,19 @@ def sinks(options: Options) -> list[Described]:
         raise ConfigError(str(error)) from None
 
 
+def check_sinks(urls: tuple[str, ...]) -> None:
+    """Raises ConfigError for one that can't be."""
+    sinks(Options(log_to=urls))
+
+
+# What a value's type does not tell.
+CHECKS: dict[str, Callable[[Any], object]] = {"cores": parse_cores, "log_to": check_sinks, "instance": check_instance}
+
+
 def socket_path(options_socket: str | None, instance: str | None) -> Path:
-    """Where the control socket is. Raises ConfigError for an instance that can't be."""
+    """Where the control socket is. Raises UsageError for an instance that can't be."""
     if instance is not None and re.fullmatch(INSTANCE, instance) is None:
-        raise ConfigError(f"instance {instance!r}{HINTS['instance',]}")
+        raise UsageError(f"instance {instance!r}{HINTS['instance',]}")
     if options_socket is not None:
         return Path(options_socket)
     return RUN_DIRECTORY / f"{instance or 'control'}.sock"

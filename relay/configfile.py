@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from relay.config import HINTS, Configuration, Options, check_instance, parse_cores, sinks
+from relay.config import CHECKS, HINTS, Configuration, Options
 from relay.conversion import faults
 from relay.errors import ConfigError, RuleError
 from relay.ranges import ConfiguredRule, expand, overlaps
@@ -176,7 +176,7 @@ def _expand(examined: Examined, tables: Sequence[tuple[int, Any]]) -> None:
 def check_together(examined: Examined) -> None:
     """Find what is wrong with what a file says as a whole, as far as that can be told without the machine."""
     options = examined.options
-    for key, check in (("cores", parse_cores), ("log_to", _check_sinks), ("instance", check_instance)):
+    for key, check in CHECKS.items():
         if options.get(key):
             try:
                 check(options[key])
@@ -196,7 +196,3 @@ def check_together(examined: Examined) -> None:
     except RuleError as error:
         examined.add(("rules",), str(error))
     examined.findings.sort(key=lambda finding: finding.line or 0)
-
-
-def _check_sinks(urls: tuple[str, ...]) -> None:
-    sinks(Options(log_to=urls))

@@ -73,10 +73,10 @@ class Channel(Generic[Incoming]):
         """
         descriptors = array.array("i")
         try:
-            # Python's own are closed when another program is executed, those that arrive only with this flag.
-            payload, control, flags, _ = self._socket.recvmsg(
-                PACKET_BYTES_MAX, self._control_bytes, socket.MSG_CMSG_CLOEXEC
-            )
+            try:
+                payload, control, flags, _ = self._receive()
+            except ConnectionResetError:  # it left with messages unread, which is told once; what it sent is still here
+                payload, control, flags, _ = self._receive()
         except ConnectionResetError as error:
             raise ChannelClosedError from error
         for level, kind, data in control:
@@ -96,6 +96,10 @@ class Channel(Generic[Incoming]):
             for descriptor in owned:
                 os.close(descriptor)
             raise
+
+    def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        # Python's own are closed when another program is executed, those that arrive only with this flag.
+        return self._socket.recvmsg(PACKET_BYTES_MAX, self._control_bytes, socket.MSG_CMSG_CLOEXEC)
 
     def close(self) -> None:
         """Close this end; the other side sees the end of the stream."""

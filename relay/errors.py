@@ -8,7 +8,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAILURE = 1  # refused, invalid, or the machine lacks something: the message names it
-    USAGE = 2  # click's own code for a wrong command line
+    USAGE = 2  # a wrong command line; click's own code for it
     UNREACHABLE = 3  # mcrctl found no relay behind the control socket
 
 
@@ -32,6 +32,12 @@ class PreflightError(RelayError):
 
 class ControlError(RelayError):
     """A request that the relay refused."""
+
+
+class UsageError(RelayError):
+    """A command line that can't be meant, whatever the relay and the machine are like."""
+
+    exit_code = ExitCode.USAGE
 
 
 class UnreachableError(RelayError):

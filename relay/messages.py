@@ -104,6 +104,7 @@ class RuleStats(msgspec.Struct):
     last_packet_unix_s: float | None = None  # when its last datagram came; None before the first
     streams: list[StreamHealth] = []
     input_rings: list[int] = []  # the interfaces that it takes in from, by their numbers in the stats segments
+    drops: dict[str, int] = {}  # datagrams that it matched and no output was given, by cause
     rtp: RtpTotals | None = None  # None before the first RTP
     mpeg_ts: MpegTsTotals | None = None
     protection: ProtectionHealth | None = None  # of a rule with two legs
@@ -129,6 +130,7 @@ class WorkerStats(msgspec.Struct):
     latency: Latency | None = None  # None: nothing was relayed yet
     packets_withheld: int = 0  # by protected rules
     frames_untracked: int = 0  # of streams for which there was no room: their health is not known
+    ring_fill_percent: dict[str, int] = {}  # of the slots of each ring, by interface, within the last 0.1 s
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -265,6 +267,10 @@ class CloseSockets(msgspec.Struct, tag=True):
     numbers: tuple[int, ...]
 
 
+class SetGuardCells(msgspec.Struct, tag=True):
+    """The buckets of guarded rules, before the first table. Descriptor: their memory file, shared by all workers."""
+
+
 class SetTable(msgspec.Struct, tag=True):
     """Go over to this rule table. Descriptor: its memory file."""
 
@@ -313,6 +319,8 @@ class KeptAll(msgspec.Struct, tag=True):
 class Outlive(msgspec.Struct, tag=True):
     """Supervisor → worker: the next supervisor could take over now, so go on when this one is gone."""
 
+    is_restart: bool = False  # it starts anew, and goes for that reason alone
+
 
 class Drain(msgspec.Struct, tag=True):
     """Supervisor → worker: let nothing more in, relay what the rings hold, end."""
@@ -321,5 +329,5 @@ class Drain(msgspec.Struct, tag=True):
 ToTemplate = Spawn | Keep | Forget | Leave
 FromTemplate = Spawned | Exited | TemplateReady
 FromOrphans = Kept | KeptAll | Exited
-ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetTable | Outlive | Drain
+ToWorker = AddRing | RemoveRing | SetSockets | CloseSockets | SetGuardCells | SetTable | Outlive | Drain
 FromWorker = Started | TableInUse

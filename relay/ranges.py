@@ -95,6 +95,12 @@ class ConfiguredRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stall_ms: Annotated[int | None, _about("Tell when a sender is silent for longer, 10 to 3600000. None: never.")] = (
         None
     )
+    max_pps: Annotated[
+        int | None, _about("Datagrams a second that may come, 1 to 100000000; more are dropped. None: any number.")
+    ] = None
+    max_bps: Annotated[
+        int | None, _about("Bits of payload a second that may come, 1000 to 1000000000000. None: any number.")
+    ] = None
     secondary: Annotated[
         ConfiguredSecondary | None,
         _about("The other of two inputs that carry the same: see Protection. None: one input."),
@@ -362,6 +368,8 @@ def _make(
         source=entry.source,
         preserve_source=entry.preserve_source,
         stall_ms=entry.stall_ms,
+        max_pps=entry.max_pps,
+        max_bps=entry.max_bps,
         secondary=secondary,
         protection=entry.protection if secondary or not entry.secondary else None,
     )

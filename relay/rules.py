@@ -25,6 +25,9 @@ TTL_MAX = 255
 DSCP_MAX = 63  # RFC 2474: six bits
 OUTPUTS_OF_A_RULE_MAX = 1024
 STALL_MS_MIN, STALL_MS_MAX = 10, 3_600_000
+MAX_PPS_MIN, MAX_PPS_MAX = 1, 10**8  # more than a relay can
+MAX_BPS_MIN, MAX_BPS_MAX = 1000, 10**12
+LATER_FIELDS = ("stall_ms", "max_pps", "max_bps", "secondary", "protection")  # came after rules were named by content
 RULES_MAX = 16_384  # both as relay/dataplane/layout.py has them; this module must not load numpy
 OUTPUTS_MAX = 32_768
 INTERFACE = re.compile(r"[^\s/:\x00-\x1f\x7f]{1,15}")  # IFNAMSIZ less the end, dev_valid_name() in net/core/dev.c
@@ -69,11 +72,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: Text | None = None  # IPv4 address; None: any
     preserve_source: bool = False
     stall_ms: int | None = None  # a sender that is silent for longer is told of; None: no one is
+    max_pps: int | None = None  # datagrams a second that may come; what is over is dropped. None: any number
+    max_bps: int | None = None  # likewise, bits of their payload
     secondary: Secondary | None = None  # the other of two legs that carry the same
     protection: Protection | None = None  # how the two become one; with `secondary` alone
-
-
-LATER_FIELDS = ("stall_ms", "secondary", "protection")  # that a rule's content has only if they are not None
 
 
 class Leg(NamedTuple):
@@ -123,7 +125,14 @@ def describe(rule: Rule) -> str:
     source = f"{rule.source} " if rule.source else ""
     outputs = ", ".join(output_name(output) for output in rule.outputs)
     second = f" and {legs(rule)[1]}, {rule.protection}" if rule.secondary else ""
-    return f"{source}{rule.input_group}:{rule.input_port}{second} -> {outputs}"
+    limits = f", at most {limits_of(rule)}" if limits_of(rule) else ""
+    return f"{source}{rule.input_group}:{rule.input_port}{second} -> {outputs}{limits}"
+
+
+def limits_of(rule: Rule) -> str:
+    """What a rule lets pass at most, in words; "" without a limit."""
+    limits = ((rule.max_pps, "packets/s"), (rule.max_bps, "bit/s"))
+    return " and ".join(f"{limit} {unit}" for limit, unit in limits if limit is not None)
 
 
 def address_number(address: str) -> int:
@@ -233,6 +242,11 @@ def _check_stall(stall_ms: int | None) -> None:
         raise RuleError(f"stall_ms {stall_ms}: give from {STALL_MS_MIN} to {STALL_MS_MAX}")
 
 
+def _check_limits(name: str, limit: int | None, least: int, most: int) -> None:
+    if limit is not None and not least <= limit <= most:
+        raise RuleError(f"{name} {limit}: give from {least} to {most}, or leave it out for no limit")
+
+
 def _check_protection(rule: Rule) -> None:
     about = f"rule {rule.rule_id}: "
     if rule.secondary is None:
@@ -275,6 +289,8 @@ def _checks(rule: Rule) -> Iterator[Check]:
     if rule.source is not None:
         yield ("source",), _check_source, (rule.source,)
     yield ("stall_ms",), _check_stall, (rule.stall_ms,)
+    yield ("max_pps",), _check_limits, ("max_pps", rule.max_pps, MAX_PPS_MIN, MAX_PPS_MAX)
+    yield ("max_bps",), _check_limits, ("max_bps", rule.max_bps, MAX_BPS_MIN, MAX_BPS_MAX)
     second = rule.secondary
     if second is not None:
         if second.input_group is not None:

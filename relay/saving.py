@@ -7,7 +7,7 @@ by key; what is left of a range is written out; an entry of which nothing is act
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -19,13 +19,14 @@ from tomlkit.items import Array
 
 from relay.configfile import Entry, Examined, examine
 from relay.errors import ConfigError
-from relay.rules import Output, Rule, output_name
+from relay.rules import LATER_FIELDS, Output, Rule, output_name
 from relay.toml_lines import lines_of
 
 HEADER = re.compile(r"\s*\[\[\s*(rules|\"rules\"|'rules')\s*\]\]")
 LINE_CHARS_MAX = 100
 FILE_MODE = 0o644
 UNFINISHED = ".unfinished"
+SHOWN_MAX = 3  # rules that a warning names
 
 
 @dataclass
@@ -37,8 +38,11 @@ class Block:
     end: int
 
 
-def updated(text: str, where: str, active: Iterable[Rule]) -> str:
-    """The text of a file with exactly these rules. Raises ConfigError for a text that is not right, and names it."""
+def updated(text: str, where: str, active: Iterable[Rule], warn: Callable[[str], object] = lambda _: None) -> str:
+    """The text of a file with exactly these rules. Raises ConfigError for a text that is not right, and names it.
+
+    `warn` is given a line for each range that can't stay, as it would say what is no longer so.
+    """
     rules = {rule.rule_id: rule for rule in active}
     examined = examine(text, where)
     if examined.findings:
@@ -56,6 +60,9 @@ def updated(text: str, where: str, active: Iterable[Rule]) -> str:
     for entry in examined.entries:
         for rule in entry.rules:
             kept.pop(rule.rule_id, None)
+    for entry in changes:
+        if reason := _split(entry, rules):
+            warn(f"{where}:{lines_of(text)['rules', entry.index]}: rules[{entry.index}]: {reason}")
     changed = _with_appended("\n".join(lines), kept.values())
     _verify(changed, where, examined, rules)
     return changed
@@ -91,6 +98,27 @@ def _entry_lines(entry: Entry, lines: list[str], rules: Mapping[str, Rule]) -> l
     if len(entry.rules) == 1 and left and not _has_fields(tomlkit.parse(text).unwrap()):
         return _edited(entry.rules[0], left[0], text).split("\n")
     return "\n".join(map(written, left)).rstrip("\n").split("\n") if left else []
+
+
+def _split(entry: Entry, rules: Mapping[str, Rule]) -> str | None:
+    """Why a range is written out rule by rule; None for what is no range, or is gone as a whole."""
+    left = [rule for rule in entry.rules if rule.rule_id in rules]
+    if len(entry.rules) == 1 or not left:
+        return None
+    changed = [rule.rule_id for rule in left if rules[rule.rule_id] != rule]
+    gone = [rule.rule_id for rule in entry.rules if rule.rule_id not in rules]
+    what = [*_named(changed, "has changed", "have changed"), *_named(gone, "is gone", "are gone")]
+    entries = f"{len(left)} {'entry' if len(left) == 1 else 'entries'}"
+    return f"{', '.join(what)}, which its range of {len(entry.rules)} rules can't say: written out as {entries}"
+
+
+def _named(rule_ids: list[str], one: str, several: str) -> Iterator[str]:
+    """`rule a is gone`, `rules a, b, c and 7 more are gone`; nothing for none."""
+    if len(rule_ids) == 1:
+        yield f"rule {rule_ids[0]} {one}"
+    elif rule_ids:
+        more = f" and {len(rule_ids) - SHOWN_MAX} more" if len(rule_ids) > SHOWN_MAX else ""
+        yield f"rules {', '.join(rule_ids[:SHOWN_MAX])}{more} {several}"
 
 
 def _has_fields(value: Any) -> bool:
@@ -159,10 +187,7 @@ def written(rule: Rule) -> str:
     outputs = values.pop("outputs")
     if len(outputs.as_string()) > LINE_CHARS_MAX:
         outputs = outputs.multiline(True)
-    order = (
-        *("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", "stall_ms"),
-        *("secondary", "protection"),
-    )
+    order = ("rule_id", "input_group", "input_port", "input_interface", "source", "preserve_source", *LATER_FIELDS)
     items = [(key, tomlkit.item(values[key])) for key in order if key in values]
     lines = [f"{key} = {item.as_string()}" for key, item in (*items, ("outputs", outputs))]
     return "\n".join(("[[rules]]", *lines, ""))

@@ -9,6 +9,7 @@ import grp
 import os
 import pwd
 import stat
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def check_compiled(directory: Path) -> None:
         return
     made_in = next(parent for parent in directory.parents if parent.is_dir())
     if not os.access(made_in, os.W_OK):
-        raise PreflightError(f"no compiled code for these sources in {directory}: run `make setup` as who may write")
+        compile_command = f"{sys.executable} -m relay.dataplane.precompile"  # a wheel has no Makefile
+        raise PreflightError(f"no compiled code for these sources in {directory}: run `{compile_command}` as root")
 
 
 def _everything_in(directory: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ def examples(page: str) -> list[str]:
 
 
 LOGGING = examples("logging.md")
+LOOP = (CHECKOUT / "relay" / "dataplane" / "loop.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,31 @@ def test_an_example_of_the_log_prints_what_it_says(tmp_path: Path, program: str,
     result = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert re.search(prints, result.stdout), result.stdout
+
+
+ARCHITECTURE = (CHECKOUT / "docs" / "architecture.md").read_text()
+
+
+def test_the_architecture_names_files_that_are_there() -> None:
+    named = re.findall(r"`((?:relay|logging_shm|tests|tools)/[\w/.]+)`", ARCHITECTURE)
+    assert [name for name in named if not (CHECKOUT / name).exists()] == []
+
+
+def test_the_architecture_names_functions_that_are_there() -> None:
+    modules = [*(CHECKOUT / "relay" / "dataplane").glob("*.py"), CHECKOUT / "logging_shm" / "compiled.py"]
+    defined = {name for module in modules for name in re.findall(r"^def (\w+)", module.read_text(), re.MULTILINE)}
+    way = ARCHITECTURE[ARCHITECTURE.index("## One packet") : ARCHITECTURE.index("## When one")]
+    named = set(re.findall(r"`([a-z_]+)`", way))
+    assert len(named) > 10
+    assert named - defined == set()
+
+
+def test_the_loop_goes_the_way_that_is_told() -> None:
+    """In the order of the page: each of its steps is called in a pass, or from what a pass calls."""
+    way = ("is_filled", "read_frame", "flow_index", "observe", "add", "drain", "release")
+    places = [ARCHITECTURE.index(f"`{name}`", ARCHITECTURE.index("## One packet")) for name in way]
+    assert places == sorted(places)
+    assert [name for name in way if f" {name}(" not in LOOP] == []
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:

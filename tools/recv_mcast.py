@@ -169,7 +169,8 @@ def summarise(
     }
     wrong = ("lost", "duplicated", "reordered", "corrupt", "foreign")
     summary["expected"] = expect
-    summary["ok"] = not any(summary[key] for key in wrong) and expect in (None, datagrams)
+    is_whole = datagrams == expect if expect is not None else datagrams > 0  # nothing at all says nothing good
+    summary["ok"] = not any(summary[key] for key in wrong) and is_whole
     return summary
 
 
@@ -182,6 +183,8 @@ def show(summary: dict[str, Any]) -> None:
     console.print("latency µs: " + "  ".join(f"{name} {value:,.1f}" for name, value in latency.items()))
     if summary["dropped_by_receiver"]:
         console.print(f"{summary['dropped_by_receiver']} dropped at this receiver's own socket: it was too slow")
+    if not summary["datagrams"] and summary["expected"] is None:
+        console.print("nothing came")
     if summary["expected"] not in (None, summary["datagrams"]):
         console.print(f"expected {summary['expected']} datagrams")
     if len(summary["per_flow"]) > 1:

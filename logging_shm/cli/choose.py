@@ -68,18 +68,18 @@ class Rings:
         self.forbidden: dict[str, int] = {}  # how many there are of each user
         for name in self._given:
             try:
-                SharedSPSCRingBuffer.attach(name)
+                SharedSPSCRingBuffer.attach(name, header_only=True)
             except SegmentError as error:
                 fail(f"{error}: {'run as its owner or as root' if is_forbidden(error) else '`mcrlog list` shows all'}")
 
-    def now(self) -> Iterator[SharedSPSCRingBuffer]:
-        """Those that there are now."""
+    def now(self, header_only: bool = False) -> Iterator[SharedSPSCRingBuffer]:
+        """Those that there are now; with `header_only` as who is not prepared for a truncated one reads them."""
         self.unreadable, self.forbidden = [], {}
         for name in self._given or names():
             if not is_of(name, self._instance):
                 continue
             try:
-                ring = SharedSPSCRingBuffer.attach(name)
+                ring = SharedSPSCRingBuffer.attach(name, header_only=header_only)
             except SegmentError as error:
                 self._note(name, error)
                 continue

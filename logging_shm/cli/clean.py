@@ -47,7 +47,7 @@ def owner(name: str, uid: int) -> int | None:
 def unread(name: str) -> int:
     """Records of a segment that nobody has read; 0 for one that can't be read at all."""
     try:
-        return SharedSPSCRingBuffer.attach(name).unread()
+        return SharedSPSCRingBuffer.attach(name, header_only=True).unread()
     except SegmentError:
         return 0
 
@@ -91,7 +91,8 @@ def command(instance: str | None, dry_run: bool, as_json: bool) -> None:
         click.echo(json.dumps(vars(outcome)))
         return
     for name, left in outcome.removed.items():
-        click.echo(f"{'would remove' if dry_run else 'removed'} {name}" + (f", {left} unread records" if left else ""))
+        loss = f", {left} unread record{'s' if left > 1 else ''}" if left else ""
+        click.echo(f"{'would remove' if dry_run else 'removed'} {name}{loss}")
     for reason in outcome.left_alone:
         click.echo(f"left alone: {reason}", err=True)
     click.echo(f"{len(outcome.removed)} {'to remove' if dry_run else 'removed'}, {len(outcome.kept)} in use")

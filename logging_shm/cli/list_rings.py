@@ -57,7 +57,7 @@ def lay_out(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
 def command(instance: str | None, facility: str | None, core: int | None, as_json: bool) -> None:
     """The rings of this host, their owners and how full they are."""
     rings = Rings((), instance, facility, core)
-    found = [describe(ring) for ring in rings.now()]
+    found = [describe(ring) for ring in rings.now(header_only=True)]
     if as_json:
         click.echo(json.dumps(found))
     elif found:

@@ -67,7 +67,7 @@ class Meter:
         """The rings that there are, and their rates since the last look: 0 for those that were not there then."""
         rows = []
         known, self._known = self._known, {}
-        for found in self._chosen.now():
+        for found in self._chosen.now(header_only=True):
             name = found.segment.name
             sample = Sample(time.monotonic(), found.segment.get("write_cursor"), sum(found.segment.dropped()))
             ring, before = known.get(name, (found, sample))

@@ -10,12 +10,14 @@ import click
 import msgspec
 
 from relay import api
-from relay.cli.options import json_option, reports_errors
+from relay.cli.options import json_option, reports_errors, tell_silence
+from relay.cli.telling import tell
 from relay.client import Client
 from relay.configfile import Examined, Finding, check_together, examine, read_text
 from relay.differences import Differences, FieldChange, compare, compare_options
-from relay.errors import ConfigError, ExitCode
-from relay.rules import Rule, chain_warnings, fingerprint, legs, output_name
+from relay.errors import ConfigError, ExitCode, UsageError
+from relay.rules import Rule, chain_warnings, fingerprint, legs, limits_of, output_name
+from relay.wording import counted
 
 DIFF_FAILED = 2  # as of diff(1): 0 the same, 1 different, 2 trouble
 
@@ -44,6 +46,7 @@ class Saved(msgspec.Struct, frozen=True):
     file: str
     rules: int
     is_changed: bool
+    warnings: tuple[str, ...] = ()  # of ranges that had to be written out
 
 
 @click.group("config")
@@ -52,12 +55,12 @@ def config() -> None:
 
 
 def _print_json(answer: msgspec.Struct) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+    tell(msgspec.json.format(msgspec.json.encode(answer)).decode())
 
 
 def _warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
 
 
 def _load(file: Path) -> Examined:
@@ -91,7 +94,7 @@ def check(file: Path, as_json: bool) -> None:
     if errors:
         sys.exit(ExitCode.FAILURE)
     if not as_json:
-        click.echo(f"ok: {len(rules)} rules")
+        click.echo(f"ok: {counted(len(rules), 'rule')}")
 
 
 # --- diff -----------------------------------------------------------------------------------------
@@ -134,7 +137,8 @@ def _whole(rule: Rule) -> str:
     preserving = ", source preserved" if rule.preserve_source else ""
     stall = f", stalled after {rule.stall_ms} ms" if rule.stall_ms else ""
     second = f" and {legs(rule)[1]}, {rule.protection}" if rule.secondary else ""
-    return f"{rule.input_group}:{rule.input_port}{interface}{source}{second} -> {outputs}{preserving}{stall}"
+    limits = f", at most {limits_of(rule)}" if limits_of(rule) else ""
+    return f"{rule.input_group}:{rule.input_port}{interface}{source}{second} -> {outputs}{preserving}{stall}{limits}"
 
 
 def _extras(output: dict[str, Any]) -> str:
@@ -164,7 +168,7 @@ def _summary(differences: Differences) -> str:
 
 def _show(differences: Differences) -> None:
     for line in (*_lines(differences), _summary(differences)):
-        click.echo(line)
+        tell(line)
 
 
 @config.command("diff")
@@ -174,7 +178,7 @@ def _show(differences: Differences) -> None:
 def diff(file: Path, as_json: bool) -> None:
     """What is other in FILE than in the running relay. Exit status 0: nothing, 1: something, 2: an error."""
     examined = _load(file)
-    with Client(click.get_current_context().obj) as client:
+    with Client(click.get_current_context().obj, on_silence=tell_silence) as client:
         differences = find_differences(running_rules(client), started_with(client), examined)
     if as_json:
         _print_json(differences)
@@ -195,12 +199,13 @@ def diff(file: Path, as_json: bool) -> None:
 def apply(file: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Make the relay's rules those of FILE: what differs is changed at once or not at all, other streams go on.
 
-    Options that differ are shown; they take effect at a restart.
+    Options that differ are shown; they take effect at a restart. Exit status 0: the rules are those of FILE, whoever
+    reads what is printed.
     """
     if as_json and not (yes or dry_run):
-        raise ConfigError("nobody is asked with --json: give --yes, too, or --dry-run")
+        raise UsageError("nobody is asked with --json: give --yes, too, or --dry-run")
     examined = _load(file)
-    with Client(click.get_current_context().obj) as client:
+    with Client(click.get_current_context().obj, on_silence=tell_silence) as client:
         running, started = running_rules(client), started_with(client)
         differences = find_differences(running, started, examined)
         if not as_json:
@@ -212,9 +217,9 @@ def apply(file: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     if as_json:
         _print_json(Applied(differences, is_wanted))
     elif is_wanted and differences.of_rules:
-        click.echo("applied")
+        tell("applied")
     if started.file is not None and is_wanted and not change.is_configuration:
-        click.echo(f"mcrctl: note: the relay reads {started.file} at SIGHUP and at a restart, not {file}", err=True)
+        tell(f"mcrctl: note: the relay reads {started.file} at SIGHUP and at a restart, not {file}", err=True)
 
 
 def change_to(
@@ -254,16 +259,22 @@ def _agreed() -> bool:
 @json_option
 @reports_errors
 def save(file: Path, as_json: bool) -> None:
-    """Write the relay's rules to FILE. One that exists keeps its options, comments and order."""
+    """Write the relay's rules to FILE. One that exists keeps its options, comments and order.
+
+    A range of which a rule has changed or is gone is written out, an entry a rule, with a warning.
+    """
     from relay.saving import replace_file, updated  # tomlkit is slow to load
 
-    with Client(click.get_current_context().obj) as client:
+    with Client(click.get_current_context().obj, on_silence=tell_silence) as client:
         rules = running_rules(client)
     former = read_text(file) if file.exists() else None
-    text = updated(former or "", str(file), rules)
+    warnings: list[str] = []
+    text = updated(former or "", str(file), rules, warnings.append)
     if text != former:
         replace_file(file, text)
+    _warn(tuple(warnings))
     if as_json:
-        _print_json(Saved(str(file), len(rules), text != former))
+        _print_json(Saved(str(file), len(rules), text != former, tuple(warnings)))
     else:
-        click.echo(f"{len(rules)} rules saved to {file}" if text != former else f"{file} has these rules already")
+        saved = f"{counted(len(rules), 'rule')} saved to {file}"
+        tell(saved if text != former else f"{file} has these rules already")

@@ -9,7 +9,7 @@ import msgspec
 
 from relay.cli import host, running
 from relay.cli.host import Files
-from relay.errors import RelayError, RuleError
+from relay.errors import RelayError, UsageError
 from relay.rules import PORT_MAX, TTL_MAX, address_number
 
 if TYPE_CHECKING:  # loads NumPy: only the command itself needs it, not all the others
@@ -19,18 +19,18 @@ DEFAULT_TTL = 64  # IPDEFTTL, linux/ip.h
 
 
 def parse_endpoint(text: str, what: str, needs_port: bool) -> tuple[str, int | None]:
-    """Read `ADDRESS:PORT`. Raises RuleError."""
+    """Read `ADDRESS:PORT`. Raises UsageError."""
     address, colon, port = text.partition(":")
     try:
         address_number(address)
     except OSError:
-        raise RuleError(f"{what} {text!r}: {address!r} is not an IPv4 address such as 239.1.1.1") from None
+        raise UsageError(f"{what} {text!r}: {address!r} is not an IPv4 address such as 239.1.1.1") from None
     if address.count(".") != 3:
-        raise RuleError(f"{what} {text!r}: {address!r} is not an IPv4 address such as 239.1.1.1")
+        raise UsageError(f"{what} {text!r}: {address!r} is not an IPv4 address such as 239.1.1.1")
     if not colon and not needs_port:
         return address, None
     if not port.isdecimal() or not 1 <= int(port) <= PORT_MAX:
-        raise RuleError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon")
+        raise UsageError(f"{what} {text!r}: give a port from 1 to {PORT_MAX} behind a colon")
     return address, int(port)
 
 

@@ -12,16 +12,18 @@ from relay.cli.capture.command import capture
 from relay.cli.config import config
 from relay.cli.doctor import doctor
 from relay.cli.explain import explain
-from relay.cli.options import json_option, reports_errors
+from relay.cli.options import json_option, reports_errors, tell_silence
 from relay.cli.schema import schema
+from relay.cli.telling import tell
 from relay.cli.top.command import top
 from relay.client import Client
 from relay.config import LOG_LEVELS, socket_path
 from relay.configfile import read
-from relay.errors import ControlError, RuleError
+from relay.errors import ControlError, RuleError, UsageError
 from relay.ranges import ConfiguredOutput, ConfiguredRule, ConfiguredSecondary, expand
 from relay.rules import Protection, parse_ttl, split_output, split_secondary
 from relay.version import VERSION
+from relay.wording import counted
 
 
 @click.group(epilog="Example: mcrctl add-rule --input-group 239.1.1.1 --input-port 5001 --output 239.2.2.2:6001:lo")
@@ -42,27 +44,27 @@ main.add_command(schema)
 def _ask(request: api.Request, as_json: bool) -> api.Answer:
     """Ask; print warnings, and the result when it is wanted as JSON."""
     path: Path = click.get_current_context().obj
-    with Client(path) as client:
+    with Client(path, on_silence=tell_silence) as client:
         answer = client.ask(request)
     for warning in answer.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(answer.result)).decode())
+        tell(msgspec.json.format(msgspec.json.encode(answer.result)).decode())
     return answer
 
 
 def _single_output(
     group: str | None, port: str | None, interface: str | None, ttl: str | None, dscp: int | None
 ) -> list[ConfiguredOutput]:
-    """The output that --output-group and its companions describe, if any. Raises RuleError."""
+    """The output that --output-group and its companions describe, if any. Raises RuleError, UsageError."""
     given = {"--output-group": group, "--output-port": port, "--output-interface": interface}
     if group is None and port is None and interface is None:
         if ttl is not None:
-            raise RuleError("--ttl goes with --output-group: with --output, write G:P:I:TTL")
+            raise UsageError("--ttl goes with --output-group: with --output, write G:P:I:TTL")
         return []
     missing = [name for name, value in given.items() if value is None]
     if missing or group is None or port is None or interface is None:
-        raise RuleError(f"{', '.join(missing)} missing: an output has a group, a port and an interface")
+        raise UsageError(f"{', '.join(missing)} missing: an output has a group, a port and an interface")
     return [ConfiguredOutput(group, port, interface, parse_ttl(ttl) if ttl else None, dscp)]
 
 
@@ -88,6 +90,8 @@ def _secondary(text: str | None, source: str | None) -> ConfiguredSecondary | No
 @click.option("--output", "outputs", multiple=True, metavar="G:P:I[:TTL]", help="An output; repeatable.")
 @click.option("--preserve-source", is_flag=True, help="Send from the original source address.")
 @click.option("--stall-ms", type=int, metavar="N", help="Tell when a sender is silent for longer.")
+@click.option("--max-pps", type=int, metavar="N", help="Drop what is over N datagrams a second. [default: no limit]")
+@click.option("--max-bps", type=int, metavar="N", help="Drop what is over N bits of payload a second.")
 @click.option("--secondary", metavar="G:P[:I]", help="The same comes in here, too; ::I for an interface alone.")
 @click.option("--secondary-source", metavar="S", help="The sender of what comes in there. [default: as --source]")
 @click.option("--protection", type=click.Choice(get_args(Protection)), help="How the two become one.")
@@ -109,6 +113,8 @@ def add_rule(
     outputs: tuple[str, ...],
     preserve_source: bool,
     stall_ms: int | None,
+    max_pps: int | None,
+    max_bps: int | None,
     secondary: str | None,
     secondary_source: str | None,
     protection: Protection | None,
@@ -121,11 +127,14 @@ def add_rule(
         _, rules = read(file)
     else:
         if input_group is None or input_port is None:
-            raise RuleError("--input-group and --input-port are needed, or --file")
-        wanted = _single_output(output_group, output_port, output_interface, ttl, dscp)
-        wanted += [ConfiguredOutput(*split_output(text), dscp) for text in outputs]
+            raise UsageError("--input-group and --input-port are needed, or --file")
+        try:
+            wanted = _single_output(output_group, output_port, output_interface, ttl, dscp)
+            wanted += [ConfiguredOutput(*split_output(text), dscp) for text in outputs]
+        except RuleError as error:
+            raise UsageError(str(error)) from None
         if not wanted:
-            raise RuleError("no output: give --output G:P:I, or --output-group, --output-port and --output-interface")
+            raise UsageError("no output: give --output G:P:I, or --output-group, --output-port and --output-interface")
         entry = ConfiguredRule(
             rule_id=rule_id,
             input_group=input_group,
@@ -135,16 +144,20 @@ def add_rule(
             source=source,
             preserve_source=preserve_source,
             stall_ms=stall_ms,
+            max_pps=max_pps,
+            max_bps=max_bps,
             secondary=_secondary(secondary, secondary_source),
             protection=protection,
         )
         rules, wrong = expand(entry)
         for _, reason in wrong[:1]:
-            raise RuleError(reason)
+            raise UsageError(reason)
     answer = _ask(api.AddRules(rules, replace), as_json)
     if not as_json:
-        for added in answer.result["rule_ids"]:
-            click.echo(f"rule {added} {'unchanged' if added in answer.result['unchanged'] else 'added'}")
+        became = dict.fromkeys(answer.result["unchanged"], "unchanged")
+        became |= dict.fromkeys(answer.result.get("replaced", ()), "replaced")  # earlier versions do not tell
+        for rule in answer.result["rule_ids"]:
+            tell(f"rule {rule} {became.get(rule, 'added')}")
 
 
 @main.command("remove-rule")
@@ -156,7 +169,7 @@ def remove_rule(rule_ids: tuple[str, ...], as_json: bool) -> None:
     _ask(api.RemoveRules(rule_ids), as_json)
     if not as_json:
         for rule_id in rule_ids:
-            click.echo(f"rule {rule_id} removed")
+            tell(f"rule {rule_id} removed")
 
 
 @main.command("list-rules")
@@ -227,9 +240,9 @@ main.command("doctor")(json_option(reports_errors(doctor)))
 @reports_errors
 def restart(context: click.Context) -> None:
     """Start the relay anew, as after an upgrade. Its sockets and rules stay, and no datagram is lost."""
-    with Client(context.obj) as client:
+    with Client(context.obj, on_silence=tell_silence) as client:
         replaced = client.restart()
-    click.echo(f"restarted: {replaced} workers replaced")
+    tell(f"restarted: {counted(replaced, 'worker')} replaced")
 
 
 @main.command("metrics")
@@ -264,7 +277,7 @@ def _show_levels(request: api.LogLevel, as_json: bool) -> None:
     answer = _ask(request, as_json)
     if not as_json:
         for name, level in answer.result.items():
-            click.echo(f"{name}: {level}")
+            tell(f"{name}: {level}")
 
 
 @log_level.command("get")

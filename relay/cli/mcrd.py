@@ -15,6 +15,7 @@ from relay.rules import Rule, check_cycles, check_protected
 from relay.supervisor.main import Supervisor
 from relay.supervisor.state import check_state_place
 from relay.version import VERSION
+from relay.wording import counted
 
 HELP = """Relay multicast: receive from packet rings, match rules, send again with io_uring.
 
@@ -74,7 +75,8 @@ def main(config_path: Path | None, check: bool, **command_line: Any) -> None:
         cores = preflight.check(options, owner)
         if check:
             check_state_place(options.state)
-            click.echo(f"ok: {len(rules)} rules, {len(cores)} workers on {', '.join(options.interfaces)}")
+            counts = f"{counted(len(rules), 'rule')}, {counted(len(cores), 'worker')}"
+            click.echo(f"ok: {counts} on {', '.join(options.interfaces)}")
             return
         origin = Origin(str(config_path.absolute()) if config_path else None, tuple(config.given(command_line)))
         supervisor = Supervisor(options, rules, cores, owner, lambda: load(config_path, command_line), origin)

@@ -14,6 +14,11 @@ Command = Callable[..., None]
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def tell_silence(line: str) -> None:
+    """Say on stderr what a command waits for: the `on_silence` of its Client."""
+    click.echo(f"mcrctl: {line}", err=True)
+
+
 def reports_errors(command: Command, exit_code: int | None = None) -> Command:
     """One line on stderr for an error, and `exit_code` or the error's own."""
 

@@ -18,6 +18,7 @@ import msgspec
 
 from relay import api
 from relay.cli.host import Files
+from relay.cli.options import tell_silence
 from relay.client import Client
 from relay.credentials import peer_of
 from relay.errors import ControlError
@@ -46,7 +47,7 @@ class Running:
 
 def ask(path: Path, files: Files) -> Running:
     """Ask the relay behind a control socket. Raises UnreachableError, ControlError."""
-    with Client(path, ANSWER_S_MAX) as client:
+    with Client(path, ANSWER_S_MAX, on_silence=tell_silence) as client:
         pong = client.ask(api.Ping()).result
         listed = client.ask(api.ListRules()).result
         stats = client.ask(api.GetStats()).result

@@ -50,6 +50,24 @@ def _drops(drops: dict[str, int]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in drops.items() if count) or "none"
 
 
+def _rings(worker: dict[str, Any]) -> str:
+    """How full each ring of a worker is; an earlier version does not tell."""
+    return ", ".join(f"{name} {percent} %" for name, percent in worker.get("ring_fill_percent", {}).items())
+
+
+def _fullest(workers: list[dict[str, Any]]) -> str:
+    """How full the fullest ring is, and whose it is."""
+    fills = [
+        (percent, worker["core"], name)
+        for worker in workers
+        for name, percent in worker.get("ring_fill_percent", {}).items()
+    ]
+    if not fills:
+        return "none"
+    percent, core, name = max(fills, key=lambda fill: fill[0])
+    return f"{percent} % full at most" + (f" ({name}, core {core})" if percent else "")
+
+
 def _outputs(rule: dict[str, Any]) -> str:
     names = []
     for output in rule["outputs"]:
@@ -92,13 +110,14 @@ def stats(result: dict[str, Any]) -> None:
     )
     withheld = f"   withheld {result['packets_withheld']}" if result.get("packets_withheld") else ""
     console.print(f"dropped: {_drops(result['drops'])}{withheld}")
+    console.print(f"rings: {_fullest(result['workers'])}")
     table = _table("rule", "matched", "relayed", "dropped", "packets/s", "bit/s", "state")
     for rule in result["rules"]:
         table.add_row(
             rule["rule_id"],
             str(rule["packets_matched"]),
             str(rule["packets_relayed"]),
-            str(sum(sum(output["drops"].values()) for output in rule["outputs"])),
+            str(sum(sum(part.get("drops", {}).values()) for part in (rule, *rule["outputs"]))),
             si(rule["packets_per_second"]),
             si(rule["bits_per_second"]),
             rule["state"],
@@ -191,7 +210,9 @@ def streams(result: dict[str, list[dict[str, Any]]]) -> None:
 
 def workers(result: list[dict[str, Any]]) -> None:
     """A line for each worker."""
-    table = _table("core", "pid", "state", "in", "matched", "relayed", "packets/s", "bit/s", "dropped by cause")
+    table = _table(
+        *("core", "pid", "state", "in", "matched", "relayed", "packets/s", "bit/s", "rings", "dropped by cause")
+    )
     for worker in result:
         table.add_row(
             str(worker["core"]),
@@ -202,6 +223,7 @@ def workers(result: list[dict[str, Any]]) -> None:
             str(worker["packets_relayed"]),
             si(worker["packets_per_second"]),
             si(worker["bits_per_second"]),
+            _rings(worker),
             _drops(worker["drops"]),
         )
     _console().print(table)

@@ -174,7 +174,8 @@ class ControlPlane:
             self._log.warning("Request refused: not valid", uid=uid)
             return encode(api.Answer(ok=False, error=f"not a valid request: {error}"))
         kind = type(request).__struct_config__.tag
-        self._log.info(f"Received command {kind}", uid=uid)
+        note = self._log.debug if _only_looks(request) else self._log.info
+        note(f"Received command {kind}", uid=uid)
         try:
             authorise(request, peer)
             rounds = self._rounds.get(type(request))
@@ -208,14 +209,15 @@ class ControlPlane:
         warnings: list[str] = []
         async with self._turn():
             if request.change_id in self._carried_out:
-                return api.Answer(ok=True, result={"rule_ids": ids, "unchanged": []})
+                return api.Answer(ok=True, result={"rule_ids": ids, "unchanged": [], "replaced": []})
             add, replaced = merge(self._rules, wanted, request.replace)
             if add:
                 self._check_interfaces(add)
                 warnings = await self._change(add, replaced, None, request.change_id)
         added = {rule.rule_id for rule in add}
         unchanged = [rule_id for rule_id in ids if rule_id not in added]
-        return api.Answer(ok=True, result={"rule_ids": ids, "unchanged": unchanged}, warnings=tuple(warnings))
+        result = {"rule_ids": ids, "unchanged": unchanged, "replaced": replaced}
+        return api.Answer(ok=True, result=result, warnings=tuple(warnings))
 
     async def _remove(self, request: api.RemoveRules) -> api.Answer:
         async with self._turn():
@@ -289,6 +291,22 @@ class ControlPlane:
                     raise ControlError(
                         f"rule {rule.rule_id}: no interface {name}: this host has {', '.join(sorted(existing))}"
                     )
+
+
+def _only_looks(request: api.Request) -> bool:
+    """Whether a request changes nothing: a screen or a scraper may send it every second, for days.
+
+    A ping is one that an operator sends to see the relay answer, in its log, too.
+    """
+    match request:
+        case api.ListRules() | api.GetStats() | api.ListWorkers() | api.GetOptions():
+            return True
+        case api.LogLevel():
+            return request.level is None
+        case api.ChangeRules():
+            return request.check_only
+        case _:
+            return False
 
 
 def _listed(rule: Rule, installed: messages.RuleStats | None, interfaces: tuple[str, ...]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from logging_shm.atomics import int64, store_release_i64
 from logging_shm.compiled import write_event_about
 from logging_shm.jit import compiled
 from relay.dataplane import events, layout
+from relay.dataplane.guard import admits
 from relay.dataplane.latency import end_latencies
 from relay.dataplane.layout import (
     ENTRY_VARIES_BY_SOURCE,
@@ -19,6 +20,7 @@ from relay.dataplane.layout import (
     RULE_NAME,
     UDP_PAYLOAD_MAX,
     UDP_SEGMENTS_MAX,
+    DropCause,
     offset_of,
 )
 from relay.dataplane.match import entry_at
@@ -33,10 +35,11 @@ from relay.dataplane.memory import (
     stats_at,
 )
 from relay.dataplane.records import record_at
-from relay.dataplane.send import complete_all, send_batch
+from relay.dataplane.send import complete_all, count_drops, send_batch
 
 SEVERITY_INFO = 6
 NO_BATCH = -1
+RATE_LIMIT = int(DropCause.RATE_LIMIT)
 # What becomes of a batch.
 OPEN, SEALED, CLOSED = range(3)
 
@@ -64,6 +67,10 @@ def close_batch(m: Any, t: Any, batch_index: int) -> None:
         rule_stats.packets += batch.datagrams
         rule_stats.bytes += batch.bytes
         rule_stats.last_ns = m.now_ns
+        if route.guard and not admits(m, t, route, batch):
+            rule_stats.drops_rate_limit += batch.datagrams
+            count_drops(m, RATE_LIMIT, batch.datagrams)
+            continue
         stats.deliveries += int64(batch.datagrams) * int64(route.outputs)
         for o in range(route.first_output, route.first_output + route.outputs):
             send_batch(m, t, int64(route_output_at(t.route_outputs, o).output), batch_index)

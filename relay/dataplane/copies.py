@@ -71,5 +71,5 @@ class Copies:
 
 
 def map_copies(descriptor: int) -> Any:
-    """Map an arena, as bytes; the descriptor is not needed any more. Raises OSError."""
+    """Map an arena, as bytes. The mapping has a descriptor of its own, see salvage.py. Raises OSError."""
     return np.frombuffer(mmap.mmap(descriptor, COPIES_BYTES), np.uint8)

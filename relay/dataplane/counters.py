@@ -73,9 +73,9 @@ class StatsHeader:
         """Have the worker look for messages. It may have left any number there."""
         self.header["doorbell"] = (int(self.header["doorbell"]) + 1) & layout.COUNT_MAX
 
-    def add_ring_full(self, datagrams: int) -> None:
-        """Count what the kernel lost. The worker may have left any number there."""
-        self.header["ring_full"] = min(int(self.header["ring_full"]) + datagrams, layout.COUNT_MAX)
+    def add_ring_full(self, frames: int) -> None:
+        """Count what the kernel lost, in frames, as it does. The worker may have left any number there."""
+        self.header["ring_full"] = min(int(self.header["ring_full"]) + frames, layout.COUNT_MAX)
 
     def read_protections(self) -> tuple[Any, Any] | None:
         """Copies of the PROTECTION records and the JOURNAL; None of a version that has them otherwise, or not at all.

@@ -175,6 +175,7 @@ TABLE_HEADER: Final = np.dtype(
         ("outputs", "<i8"),
         ("own_slots", "<i8"),
         ("rules", "<i8"),
+        ("guards", "<i8"),
         ("protected", "<i8"),
     ]
 )
@@ -192,7 +193,7 @@ PROTECTED_LEGS: Final = 2
 PROTECTED: Final = np.dtype(
     [("record", "<u4"), ("leg", "<u4"), ("mode", "<u4"), ("twin", "<i4"), ("stall_ns", "<i8"), ("pad", "<i8")]
 )
-ROUTE: Final = np.dtype([("rule", "<u4"), ("first_output", "<u4"), ("outputs", "<u4"), ("pad", "<u4")])
+ROUTE: Final = np.dtype([("rule", "<u4"), ("first_output", "<u4"), ("outputs", "<u4"), ("guard", "<u4")])  # 0: none
 ROUTE_OUTPUT: Final = np.dtype([("output", "<u4")])
 OUTPUT_CONNECTED: Final = 1
 OUTPUT_PRESERVE_SOURCE: Final = 2
@@ -212,6 +213,7 @@ OWN_SOURCE: Final = np.dtype([("addr", "<u4"), ("dst", "<u4"), ("port", "<u2"), 
 RULE_NAME_BYTES_MAX: Final = 64
 LOG_RULE_NAME_BYTES_MAX: Final = 20  # a log record's pair holds no more
 RULE_NAME: Final = np.dtype([("length", "<i4"), ("name", "u1", (LOG_RULE_NAME_BYTES_MAX,))])
+GUARD: Final = np.dtype([("max_pps", "<i8"), ("max_bps", "<i8")])  # of a rule; 0: no limit. A route counts from 1
 # A mapped table as compiled code takes it: the addresses of its arrays.
 TABLE: Final = np.dtype(
     [
@@ -225,8 +227,16 @@ TABLE: Final = np.dtype(
         ("own", "<i8"),
         ("own_mask", "<i8"),
         ("rule_names", "<i8"),
+        ("guards", "<i8"),
         ("protected", "<i8"),
     ]
+)
+
+# --- the buckets of guarded rules: one memory file, written by every worker, emptied by the supervisor ---
+
+# When the bucket would be full again (guard.py), in 1/16 ns of CLOCK_MONOTONIC; 0: never used. By a rule's slot.
+GUARD_CELL: Final = np.dtype(
+    {"names": ["packets_due", "bits_due"], "formats": ["<i8", "<i8"], "offsets": [0, 8], "itemsize": 64}
 )
 
 # --- counters: written by one worker, read by anyone --------------------------------------------
@@ -245,7 +255,8 @@ class DropCause(IntEnum):
     TTL = 7  # decrement reached 0
     EGRESS_FULL = 8  # the socket buffer or the device queue had no room
     SEND_ERROR = 9  # the kernel refused: errno is counted beside
-    RING_FULL = 10  # the kernel found no free slot; counted by the kernel, kept by the supervisor
+    RING_FULL = 10  # the kernel found no free slot for a frame; counted by the kernel, kept by the supervisor
+    RATE_LIMIT = 11  # over the limit of its rule; counted once for the rule, not for each output
 
 
 DROP_CAUSES: Final = 16  # room for causes to come
@@ -283,6 +294,7 @@ STATS_HEADER: Final = np.dtype(
             "ring_sent",
             "ring_fill_max",
             "errno_counts",
+            "ring_fill_percent",
         ],
         "formats": [
             "<i8",
@@ -310,6 +322,7 @@ STATS_HEADER: Final = np.dtype(
             ("<i8", (RINGS_MAX,)),
             ("<i8", (RINGS_MAX,)),
             ("<i8", (ERRNO_MAX,)),
+            ("<i8", (RINGS_MAX,)),
         ],
         # The supervisor writes the line of the doorbell, the worker the rest.
         "offsets": [
@@ -318,13 +331,14 @@ STATS_HEADER: Final = np.dtype(
             *(128, 136),
             *(192, 200, 208, 216, 224, 232, 240, 248, 256, 264, 272),
             *(320, 448, 576, 704),
+            1792,
         ],
         "itemsize": 4096,
     }
 )
 RELEASE_NOW: Final = 1  # of `release`: end after this pass, another worker goes on with the rings
 RELEASE_DRAINED: Final = 2  # end when the rings are empty
-RULE_STATS: Final = np.dtype([("packets", "<i8"), ("bytes", "<i8"), ("last_ns", "<i8"), ("pad", "<i8")])
+RULE_STATS: Final = np.dtype([("packets", "<i8"), ("bytes", "<i8"), ("last_ns", "<i8"), ("drops_rate_limit", "<i8")])
 OUTPUT_STATS: Final = np.dtype(
     [
         ("packets", "<i8"),

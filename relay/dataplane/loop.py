@@ -38,6 +38,7 @@ NO_MATCH = int(DropCause.NO_MATCH)
 TTL = int(DropCause.TTL)
 EGRESS_FULL = int(DropCause.EGRESS_FULL)
 SEND_ERROR = int(DropCause.SEND_ERROR)
+RATE_LIMIT = int(DropCause.RATE_LIMIT)
 
 IDLE_ADAPTIVE = 0
 IDLE_SLEEP = 1
@@ -61,10 +62,12 @@ SEVERITY_WARNING = 4
 SEVERITY_NOTICE = 5
 SEVERITY_DEBUG = 7
 FILL_LEVELS_PERCENT = (50, 80, 95)
+FILL_PROBES_MAX = 32  # each halves the slots, of which there are less than 2^31: their number is an int of the kernel's
 DOORBELL_OFFSET = offset_of(STATS_HEADER, "doorbell")
 HEARTBEAT_OFFSET = offset_of(STATS_HEADER, "heartbeat_ns")
 LOOKED_OFFSET = offset_of(HEALTH, "looked_ns")
 FILL_MAX_OFFSET = offset_of(STATS_HEADER, "ring_fill_max")
+FILL_OFFSET = offset_of(STATS_HEADER, "ring_fill_percent")
 
 # Why the loop returned.
 CONTROL = 1
@@ -151,6 +154,8 @@ def run_pass(m: Any, t: Any) -> int:
         ring = ring_at(m.rings, ring_index)
         if ring.taken:
             watch_fill(m, ring, ring_index)
+            if ring.fill_due:
+                publish_fill(m, ring, ring_index)
             release(m, ring, ring_index)
     stats_at(m.stats, 0).passes += 1
     return taken
@@ -176,12 +181,46 @@ def watch_fill(m: Any, ring: Any, ring_index: int) -> None:
 
 
 @compiled
+def publish_fill(m: Any, ring: Any, ring_index: int) -> None:
+    """Tell how full the ring is: percent of its slots, a part of one counts as one. Filled slots begin at the cursor.
+
+    The kernel fills more meanwhile: the search finds some slot that is not filled behind one that is.
+    """
+    filled, beyond = int64(0), ring.frames + 1
+    for _ in range(FILL_PROBES_MAX):
+        if beyond - filled <= 1:
+            break
+        middle = (filled + beyond) // 2
+        if is_filled(ring.base + (ring.cursor + middle - 1) % ring.frames * ring.frame_bytes):
+            filled = middle
+        else:
+            beyond = middle
+    fill = i64_at(m.stats + FILL_OFFSET, ring_index)
+    fill.value = (filled * 100 + ring.frames - 1) // ring.frames
+    ring.fill_due = 0
+
+
+@compiled
+def watch_fills(m: Any) -> None:
+    """Have each ring's next pass publish how full it is. One that no frame has come to since the last time is empty."""
+    for ring_index in range(RINGS_MAX):
+        ring = ring_at(m.rings, ring_index)
+        if ring.active:
+            if ring.fill_due:
+                publish_fill(m, ring, ring_index)
+            ring.fill_due = 1
+
+
+@compiled
 def report_drops(m: Any) -> None:
-    """Log what was dropped since the last report, one record a cause. Called once a second."""
+    """Log what was dropped since the last report, one record a cause. Called once a second.
+
+    Drops of a rule's limit are told by rule, by the supervisor (guards.py), and what no rule asks for is no news.
+    """
     for cause in range(1, DROP_CAUSES):
         total = i64_at(m.stats + DROPS_OFFSET, cause).value
         reported = i64_at(m.reported, cause)
-        if total == reported.value or cause == NO_MATCH:
+        if total == reported.value or cause in (NO_MATCH, RATE_LIMIT):
             continue
         log = m.log_egress if cause in (TTL, EGRESS_FULL, SEND_ERROR) else m.log_ingress
         event = events.DROPS_BY_CAUSE_FIRST + cause
@@ -229,6 +268,7 @@ def on_timer(m: Any) -> bool:
     m.timer_ns = m.now_ns + TIMER_INTERVAL_NS
     store_release_i64(m.stats + HEARTBEAT_OFFSET, m.now_ns)
     note_look(m)
+    watch_fills(m)
     m.trace = 1 if trace_is_on(m) else 0
     if m.now_ns >= m.report_ns:
         m.report_ns = m.now_ns + REPORT_INTERVAL_NS

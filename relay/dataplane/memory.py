@@ -55,6 +55,7 @@ RING = np.dtype(
         ("copy_next", "<i8"),
         ("copy_count", "<i8"),
         ("fill_level", "<i8"),  # the highest of FILL_LEVELS_PERCENT that was reported
+        ("fill_due", "<i8"),  # how full it is is to be published
     ]
 )
 
@@ -91,6 +92,7 @@ ARRAYS: tuple[tuple[str, Any, int | None], ...] = (
     ("health", layout.HEALTH, None),
     ("streams", layout.STREAM, None),
     ("pids", layout.PID, None),  # PIDS_MAX a stream
+    ("guard_cells", layout.GUARD_CELL, None),  # shared by all workers; handed over before the first table
     ("protections", layout.PROTECTION, None),
     ("journal", layout.JOURNAL, None),
     ("merging", I32, layout.PROTECTIONS_MAX),  # the entry that a protected rule's last batch is of
@@ -231,6 +233,11 @@ class Memory:
         sqes["len"] = 1
         sqes["msg_flags"] = layout.MSG_DONTWAIT | layout.MSG_NOSIGNAL
         sqes["user_data"] = index
+
+    def use_guard_cells(self, cells: Any) -> None:
+        """Use these buckets, GUARD_CELL[RULES_MAX], for guarded rules."""
+        self.arrays["guard_cells"] = cells
+        self.worker["guard_cells"] = address_of(cells)
 
     def link_copies(self, ring_index: int) -> None:
         """Have frames of this ring fetched here. Its former reader, which shares the arena, must have ended."""

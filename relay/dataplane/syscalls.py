@@ -39,7 +39,7 @@ def load_liburing() -> ctypes.CDLL:
         if hasattr(library, "io_uring_enter") and hasattr(library, "io_uring_queue_init_params"):
             llvmlite.binding.load_library_permanently(name)
             return library
-    raise PreflightError("no liburing found: install Debian's liburing2, or run `make setup` again")
+    raise PreflightError("no liburing found: install Debian's liburing2, or the package liburing by pip")
 
 
 # Their C prototypes: liburing.h; poll(2), recvmmsg(2), clock_gettime(2), clock_nanosleep(2).

@@ -30,6 +30,7 @@ SECTIONS: tuple[tuple[str, str, Any], ...] = (
     ("outputs", "outputs", layout.OUTPUT),
     ("own", "own_slots", layout.OWN_SOURCE),
     ("rule_names", "rules", layout.RULE_NAME),
+    ("guards", "guards", layout.GUARD),
     ("protected", "protected", layout.PROTECTED),
 )
 
@@ -70,6 +71,8 @@ class TableRule:
     rings: tuple[int, ...]  # ingress interfaces, by number
     preserve_source: bool
     outputs: tuple[TableOutput, ...]
+    max_pps: int = 0  # datagrams a second; 0: no limit
+    max_bps: int = 0  # bits of payload
     protection: TableProtection | None = None
 
 
@@ -173,6 +176,8 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
     routes: list[tuple[int, int, int, int]] = []
     route_outputs: list[int] = []
     first_output: dict[int, int] = {}
+    guarded = [rule for rule in rules if rule.max_pps or rule.max_bps]
+    guards = {rule.slot: number for number, rule in enumerate(guarded, 1)}
     outputs_used = 1 + max((output.slot for rule in rules for output in rule.outputs), default=-1)
     rules_used = 1 + max((rule.slot for rule in rules), default=-1)
     outputs = np.zeros(max(outputs_used, 1), layout.OUTPUT)
@@ -206,7 +211,9 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
         if any(output.ttl_decrement for rule in entry.rules for output in rule.outputs):
             flags |= layout.ENTRY_VARIES_BY_TTL
         entries[index] = (len(routes), len(entry.rules), flags, 0)
-        routes += [(rule.slot, first_output[rule.slot], len(rule.outputs), 0) for rule in entry.rules]
+        routes += [
+            (rule.slot, first_output[rule.slot], len(rule.outputs), guards.get(rule.slot, 0)) for rule in entry.rules
+        ]
 
     next_twin = len(grouped)
     for row, (index, twin) in enumerate(twins.items()):
@@ -223,6 +230,7 @@ def compile_table(rules: Sequence[TableRule], own: Sequence[OwnSource], generati
         outputs,
         _hash_own(own),
         names,
+        np.array([(rule.max_pps, rule.max_bps) for rule in guarded], layout.GUARD),
         protected,
     )
     header = np.zeros(1, layout.TABLE_HEADER)

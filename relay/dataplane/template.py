@@ -3,7 +3,8 @@
 So a worker starts in milliseconds. It starts privileged, to read the code wherever it lies; it gives up privileges
 and confines itself before it forks. It obeys the supervisor (Spawn) and tells it of exits. It also holds the
 descriptors that must outlive a supervisor: when that one is gone, the next one fetches them at the hand-over socket
-(`Kept`), and the workers go on meanwhile. It ends when it is told to leave, or with its last worker.
+(`Kept`), and the workers go on meanwhile. It ends when it is told to leave, or some seconds after its last worker:
+until then another one can go on in the rings that those left.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from relay.privileges import drop_to
 from relay.trust import check_cache, trusted_uids
 
 WORKER_NICE = -10  # nine times the time of others, where a core is shared after all
+LINGER_S = 5.0  # without supervisor and workers: the next supervisor's are there a second after its start
 LOG_BYTES = 16_384  # of the log segment that warming up writes into: a header is all it needs
 
 
@@ -73,18 +75,20 @@ class Template:
         self._kept: dict[str, int] = {}  # descriptors by name
 
     def run(self, wakeup: socket.socket) -> None:
-        """Serve supervisors, one after the other, until one says to leave or nobody is left to relay."""
+        """Serve supervisors, one after the other, until one says to leave or nobody is left and nobody comes."""
         while self._serve(wakeup):
-            if self._channel is None and not self._cores:
-                return
+            pass
 
     def _serve(self, wakeup: socket.socket) -> bool:
-        """Wait for the next event and deal with it; False when told to leave."""
+        """Wait for the next event and deal with it; False when told to leave, or when none came for too long."""
         supervisor = self._channel or self._handover
         waiting = select.poll()  # select(2) takes no descriptor above 1 023, and thousands may be kept
         waiting.register(supervisor, select.POLLIN)
         waiting.register(wakeup, select.POLLIN)
-        readable = {descriptor for descriptor, _ in waiting.poll()}
+        is_alone = self._channel is None and not self._cores
+        readable = {descriptor for descriptor, _ in waiting.poll(LINGER_S * 1000 if is_alone else None)}
+        if not readable:
+            return False
         if wakeup.fileno() in readable:
             wakeup.recv(4096)
             self._reap()
@@ -143,7 +147,8 @@ class Template:
         for descriptor in descriptors:
             os.close(descriptor)
         self._cores[pid] = spawn.core
-        channel.send(Spawned(spawn.core, pid))
+        with contextlib.suppress(ChannelClosedError):  # that it is gone is noticed when all is read that it has sent
+            channel.send(Spawned(spawn.core, pid))
 
     def _become_worker(self, spawn: Spawn, end: int, copies: int) -> None:
         status = 1
@@ -204,11 +209,9 @@ def main() -> None:
     channel: Channel[ToTemplate] = Channel(socket.socket(fileno=arguments.fd), ToTemplate)
     handover = socket.socket(fileno=arguments.handover_fd)
     confine_template()
-    try:
+    with contextlib.suppress(ChannelClosedError):  # gone meanwhile: then what it gave to keep waits to be read
         channel.send(TemplateReady())
-        Template(channel, handover, arguments.heir_uid).run(wakeup)
-    except ChannelClosedError:
-        return
+    Template(channel, handover, arguments.heir_uid).run(wakeup)
 
 
 if __name__ == "__main__":

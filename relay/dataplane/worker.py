@@ -6,14 +6,17 @@ relayed what the rings still hold. Without a supervisor it goes on relaying unti
 that one could (`Outlive`); before that it ends and leaves what the rings hold to its successor.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from logging_shm import DataPlaneLogging, Facility
@@ -21,6 +24,7 @@ from relay.confinement.roles import confine_worker
 from relay.dataplane import layout, loop, memory, streams
 from relay.dataplane.copies import COPY_SLOTS, map_copies
 from relay.dataplane.counters import StatsSegment
+from relay.dataplane.guard_cells import map_guard_cells
 from relay.dataplane.memory import address_of
 from relay.dataplane.protect import take_back
 from relay.dataplane.ring import find_cursor, resume_copies
@@ -33,6 +37,7 @@ from relay.messages import (
     Drain,
     Outlive,
     RemoveRing,
+    SetGuardCells,
     SetSockets,
     SetTable,
     Spawn,
@@ -68,7 +73,7 @@ class Worker:
         )
         self.memory = memory.Memory(self.uring.sqes, self.uring.cqes, self.stats.bytes, copies, segments)
         self.table = view_table(compile_table((), (), 0))
-        self.outlives = False
+        self.outlives = self.is_restart = False
         self.rings: dict[int, tuple[socket.socket, mmap.mmap]] = {}
         state = self.memory.worker
         self.uring.attach(state)
@@ -86,7 +91,7 @@ class Worker:
     def run(self) -> None:
         """Relay until told to end."""
         self.log.info(f"Data plane worker started on core {self.core}")
-        self.channel.send(Started())
+        self.tell(Started())
         while True:
             reason = loop.run(self.memory.worker, self.table.view)
             if reason == loop.DRAINED:
@@ -106,7 +111,10 @@ class Worker:
                 if not self.outlives:
                     self.log.error("The supervisor is gone, and nothing is prepared for the next one")
                     return
-                self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
+                if self.is_restart:
+                    self.log.notice("The supervisor starts anew: relaying goes on")
+                else:
+                    self.log.warning("The supervisor is gone: relaying goes on under the rules that it left")
                 self.memory.worker["control_fd"] = NO_DESCRIPTOR
 
     def obey(self) -> None:
@@ -119,29 +127,41 @@ class Worker:
             except BlockingIOError:
                 return
             self.stats.header["heartbeat_ns"] = time.monotonic_ns()  # many messages take longer than the loop's timer
-            match message:
-                case AddRing():
-                    self.add_ring(message, descriptors[0])
-                case RemoveRing():
-                    self.remove_ring(message.index)
-                case SetSockets():
-                    for number, descriptor in zip(message.numbers, descriptors, strict=True):
-                        self.set_socket(number, descriptor)
-                case CloseSockets():
-                    for number in message.numbers:
-                        self.set_socket(number, -1)
-                case Outlive():
-                    self.outlives = True
-                case Drain():
-                    self.log.info("Supervisor stream closed, sending shutdown to data plane")
-                    self.close_ingress()
-                case SetTable():
-                    self.relay_what_came()
-                    self.table = map_table(descriptors[0])
-                    os.close(descriptors[0])
-                    streams.prune(self.memory.worker, self.table.view)
-                    self.stats.header["generation_seen"] = self.table.generation
-                    self.channel.send(TableInUse(self.table.generation))
+            self.carry_out(message, descriptors)
+
+    def carry_out(self, message: Any, descriptors: Sequence[int]) -> None:
+        """Do what one message of the supervisor says."""
+        match message:
+            case AddRing():
+                self.add_ring(message, descriptors[0])
+            case RemoveRing():
+                self.remove_ring(message.index)
+            case SetSockets():
+                for number, descriptor in zip(message.numbers, descriptors, strict=True):
+                    self.set_socket(number, descriptor)
+            case CloseSockets():
+                for number in message.numbers:
+                    self.set_socket(number, -1)
+            case Outlive():
+                self.outlives, self.is_restart = True, message.is_restart
+            case Drain():
+                self.log.info("Supervisor stream closed, sending shutdown to data plane")
+                self.close_ingress()
+            case SetGuardCells():
+                self.memory.use_guard_cells(map_guard_cells(descriptors[0]))
+                os.close(descriptors[0])
+            case SetTable():
+                self.relay_what_came()
+                self.table = map_table(descriptors[0])
+                os.close(descriptors[0])
+                streams.prune(self.memory.worker, self.table.view)
+                self.stats.header["generation_seen"] = self.table.generation
+                self.tell(TableInUse(self.table.generation))
+
+    def tell(self, message: msgspec.Struct) -> None:
+        """Tell the supervisor; that it is gone is noticed when what it has sent before is read."""
+        with contextlib.suppress(ChannelClosedError):
+            self.channel.send(message)
 
     def relay_what_came(self) -> None:
         """Under the rules that were: an input may be another ring's after a change, and was admitted here until now."""
@@ -173,6 +193,7 @@ class Worker:
             int(self.stats.header["ring_sent"][message.index]) % message.frame_count,
         )
         ring["taken"] = ring["fill_level"] = 0
+        ring["fill_due"] = 1
         self.memory.link_copies(message.index)
         resume_copies(self.memory.worker, message.index)
         ring["active"] = 1
@@ -187,6 +208,7 @@ class Worker:
         held = self.rings.pop(index)
         self.memory["rings"][index]["active"] = 0
         self.stats.header["ring_sent"][index] = 0
+        self.stats.header["ring_fill_percent"][index] = 0
         self.memory["copy_mmsg"]["msg_len"][index * COPY_SLOTS] = 0
         held[0].close()
 

@@ -92,9 +92,19 @@ def _send_errors(stats: Stats) -> Samples:
                 yield (str(worker.core), errno.errorcode.get(number, str(number))), count
 
 
+def _ring_fills(stats: Stats) -> Samples:
+    for worker in stats.workers:
+        for interface, percent in worker.ring_fill_percent.items():
+            yield (str(worker.core), interface), percent / 100
+
+
 def _rule_states(stats: Stats) -> Samples:
     active = sum(rule.state == "active" for rule in stats.rules)
     return [(("active",), active), (("waiting",), len(stats.rules) - active)]
+
+
+def _rule_drops(stats: Stats) -> Samples:
+    return [((rule.rule_id, cause), number) for rule in stats.rules for cause, number in rule.drops.items()]
 
 
 def _outputs(stats: Stats) -> Iterator[tuple[tuple[str, str], Any]]:
@@ -191,8 +201,8 @@ OF_WORKERS = (
         _of_workers(lambda worker: worker.bytes_relayed),
     ),
     Family(
-        *("counter", "mcr_worker_drops", "", "Datagrams that did not leave, by cause.", (*WORKER, "cause")),
-        _worker_drops,
+        *("counter", "mcr_worker_drops", "", "Datagrams that did not leave, by cause; frames for ring_full."),
+        *((*WORKER, "cause"), _worker_drops),
     ),
     Family(
         *("counter", "mcr_worker_send_errors", "", "Drops of cause send_error, by errno.", (*WORKER, "errno")),
@@ -202,6 +212,10 @@ OF_WORKERS = (
         *("gauge", "mcr_worker_ring_fill_max", "ratio"),
         "Highest of the levels 0.5, 0.8, 0.95 that a packet ring of the worker has ever passed.",
         *(WORKER, _of_workers(lambda worker: worker.ring_fill_max_percent / 100)),
+    ),
+    Family(
+        *("gauge", "mcr_worker_ring_fill", "ratio", "How full each packet ring is, within the last 0.1 s."),
+        *((*WORKER, "interface"), _ring_fills),
     ),
     Family(
         *("histogram", "mcr_worker_relay_latency", "seconds"),
@@ -221,6 +235,10 @@ OF_RULES = (
     Family(
         *("counter", "mcr_rule", "bytes", "Payload of matched datagrams.", RULE),
         _of_rules(lambda rule: rule.bytes_matched),
+    ),
+    Family(
+        *("counter", "mcr_rule_drops", "", "Matched datagrams that were given to no output, by cause."),
+        *((*RULE, "cause"), _rule_drops),
     ),
     Family(
         *("gauge", "mcr_rule_last_packet_timestamp", "seconds"),

@@ -20,7 +20,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.registry import Collector
 
-from relay.errors import ConfigError
+from relay.errors import ConfigError, UsageError
 
 CONNECTIONS_MAX = 8
 CONNECTION_S_MAX = 20.0  # of which a relay that does not answer may take collector.ASK_S_MAX
@@ -32,11 +32,11 @@ Address = tuple[str, int] | Path
 
 
 def parse_listen(text: str) -> Address:
-    """`ADDRESS:PORT`, `[IPV6]:PORT` or `unix:PATH`. Raises ConfigError."""
+    """`ADDRESS:PORT`, `[IPV6]:PORT` or `unix:PATH`. Raises UsageError."""
     if text.startswith(UNIX):
         path = Path(text.removeprefix(UNIX))
         if not path.is_absolute():
-            raise ConfigError(f"--listen {text}: give an absolute path, such as unix:/run/mcr-metrics/metrics.sock")
+            raise UsageError(f"--listen {text}: give an absolute path, such as unix:/run/mcr-metrics/metrics.sock")
         return path
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
@@ -45,7 +45,7 @@ def parse_listen(text: str) -> Address:
     except ValueError:
         host = ""
     if not host or not port.isascii() or not port.isdecimal() or int(port) > PORT_MAX:
-        raise ConfigError(
+        raise UsageError(
             f"--listen {text}: expected ADDRESS:PORT with an IP address, such as 127.0.0.1:9464, or unix:PATH"
         )
     return host, int(port)

@@ -20,11 +20,22 @@ from relay import bpf
 from relay.dataplane import events, layout
 from relay.dataplane.copies import Copies
 from relay.dataplane.counters import StatsSegment
+from relay.dataplane.guard_cells import GuardCells
 from relay.dataplane.table import OwnSource, TableOutput, TableRule, compile_table, publish
 from relay.descriptors import DESCRIPTORS_MAX, Channel, ChannelClosedError
 from relay.errors import RelayError, RuleError
-from relay.messages import AddRing, CloseSockets, Drain, FromWorker, Outlive, RemoveRing, SetSockets, SetTable
-from relay.rules import Leg, Output, Rule, address_number
+from relay.messages import (
+    AddRing,
+    CloseSockets,
+    Drain,
+    FromWorker,
+    Outlive,
+    RemoveRing,
+    SetGuardCells,
+    SetSockets,
+    SetTable,
+)
+from relay.rules import Leg, Output, Rule, address_number, limits_of
 from relay.supervisor import room
 from relay.supervisor.egress import EgressKey, open_egress
 from relay.supervisor.exclusive import Exclusive
@@ -205,6 +216,7 @@ class Retired:
     sockets: dict[int, socket.socket] = field(default_factory=dict)
     rings: list[int] = field(default_factory=list)
     rule_slots: list[int] = field(default_factory=list)
+    limit_slots: list[int] = field(default_factory=list)  # of rules whose limits are others
     output_slots: list[int] = field(default_factory=list)
     protections: list[int] = field(default_factory=list)
 
@@ -248,13 +260,10 @@ class Fleet:
         self._memberships = Memberships()
         self._refusals: set[str] = set()  # of the kernel, by the last `begin`
         if orphans is not None:
-            kept = orphans.inventory
-            self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
-            self._orphaned = {(ring.interface, ring.reader is not None, ring.ifindex): ring for ring in kept.rings}
-            self._ring_numbers.reserve({ring.number for ring in kept.rings})
-            self._reader = next((ring.reader for ring in kept.rings if ring.reader is not None), None)
+            self._adopt(orphans)
         self._retired = Retired()
         self._table = compile_table((), (), 0)
+        self._guard_cells = GuardCells()
         try:
             for core in cores:
                 logs = SharedMemoryLogManager.create_for_worker(
@@ -277,6 +286,14 @@ class Fleet:
         except BaseException:
             self.close()
             raise
+
+    def _adopt(self, orphans: Orphans) -> None:
+        """Go on with what a former supervisor joined and held; its rings are adopted as rules want them."""
+        kept = orphans.inventory
+        self._memberships.adopt(orphans.take_memberships(kept.joined), orphans.take_memberships(kept.held))
+        self._orphaned = {(ring.interface, ring.reader is not None, ring.ifindex): ring for ring in kept.rings}
+        self._ring_numbers.reserve({ring.number for ring in kept.rings})
+        self._reader = next((ring.reader for ring in kept.rings if ring.reader is not None), None)
 
     # --- rules ------------------------------------------------------------------------------------
 
@@ -332,6 +349,7 @@ class Fleet:
                     worker.send(CloseSockets(numbers[at : at + DESCRIPTORS_MAX]))
             worker.stats.rules[retired.rule_slots] = 0
             worker.stats.outputs[retired.output_slots] = 0
+        self._guard_cells.fill([*retired.rule_slots, *retired.limit_slots])
         for sock in retired.sockets.values():
             sock.close()
         has_moved = any(self._moved_from(key) for key in self._rings)
@@ -402,6 +420,12 @@ class Fleet:
             number, sock = self._egress.pop(key)
             self._retired.sockets[number] = sock
         rule_ids = {planned.rule.rule_id for planned in plan.rules}
+        limits = {planned.rule.rule_id: limits_of(planned.rule) for planned in plan.rules}
+        self._retired.limit_slots += [
+            self.rule_slots[planned.rule.rule_id]
+            for planned in self.plan.rules
+            if limits_of(planned.rule) != limits.get(planned.rule.rule_id, "")
+        ]
         outputs = {
             (planned.rule.rule_id, planned_output.output)
             for planned in plan.rules
@@ -472,6 +496,8 @@ class Fleet:
             rings=rings,
             preserve_source=rule.preserve_source,
             outputs=tuple(outputs),
+            max_pps=rule.max_pps or 0,
+            max_bps=rule.max_bps or 0,
         )
 
     def _own_sources(self) -> list[OwnSource]:
@@ -739,14 +765,14 @@ class Fleet:
         self.revision += 1
 
     def count_ring_drops(self) -> dict[tuple[int, str], int]:
-        """Count what the kernel dropped since the last call; return it by core and interface."""
+        """Count the frames that the kernel dropped since the last call; return them by core and interface."""
         lost: dict[tuple[int, str], int] = {}
         for ring in self._rings.values():
             for worker in self._readers(ring):
-                drops = take_ring_drops(worker.rings[ring.number])
-                if drops:
-                    worker.stats.add_ring_full(drops)
-                    lost[worker.core, ring.interface] = lost.get((worker.core, ring.interface), 0) + drops
+                frames = take_ring_drops(worker.rings[ring.number])
+                if frames:
+                    worker.stats.add_ring_full(frames)
+                    lost[worker.core, ring.interface] = lost.get((worker.core, ring.interface), 0) + frames
         return lost
 
     # --- what outlives this supervisor ------------------------------------------------------------
@@ -768,6 +794,12 @@ class Fleet:
             if worker.running and not worker.outlives:
                 worker.send(Outlive())
                 worker.outlives = True
+
+    def tell_restart(self) -> None:
+        """This supervisor goes in a moment, and another comes: no reason for a warning."""
+        for worker in self.workers:
+            if worker.running and worker.outlives:
+                worker.send(Outlive(is_restart=True))
 
     def inventory(self, template_pid: int) -> Inventory:
         """What the next supervisor must know of them, and of the workers."""
@@ -802,6 +834,7 @@ class Fleet:
         worker.started_s = time.monotonic()
         worker.pulse.begin(worker.started_s)
         self._hand_sockets(worker, dict(self._egress.values()))
+        worker.send(SetGuardCells(), [self._guard_cells.fileno()])
         self._hand_table(worker)
         if worker.predecessor is None:
             self._hand_rings(worker)
@@ -818,7 +851,9 @@ class Fleet:
         self.revision += 1
 
     def worker_gone(self, worker: Worker) -> None:
-        """Forget a worker's process; its rings stay open."""
+        """Forget a worker's process; its rings stay open, and what it made of the rate guard's buckets ends with it."""
+        guarded = [planned.rule.rule_id for planned in self.plan.rules if limits_of(planned.rule)]
+        self._guard_cells.fill([self.rule_slots[rule_id] for rule_id in guarded])
         if worker.channel is not None:
             worker.channel.close()
         worker.channel = None
@@ -871,6 +906,7 @@ class Fleet:
             worker.stats.close()
             worker.copies.close()
             worker.logs.shutdown()
+        self._guard_cells.close()
         for _, sock in self._egress.values():
             sock.close()
         for sock in self._retired.sockets.values():

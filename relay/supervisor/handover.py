@@ -12,6 +12,7 @@ from logging_shm import Logger
 from relay.supervisor.fleet import Fleet, Worker
 from relay.supervisor.orphans import Orphans, Predecessor
 from relay.supervisor.timers import Timers
+from relay.wording import counted
 
 RELEASE_S_MAX = 1.0  # a pass takes milliseconds; an idle worker looks up ten times a second
 
@@ -34,6 +35,7 @@ class Handover:
         self._selector = selector
         self._timers = timers
         self._done = done
+        self._is_over = False
         for worker in fleet.workers:
             if worker.predecessor is not None:
                 self._watch(worker, worker.predecessor)
@@ -45,6 +47,7 @@ class Handover:
         """The successor has sockets and rules: release its predecessor."""
         predecessor = worker.predecessor
         if predecessor is None:
+            self._end_if_over()  # there may have been none at all
             return
         predecessor.release()
         self._timers.after(RELEASE_S_MAX, lambda: self._insist(worker, predecessor))
@@ -57,8 +60,12 @@ class Handover:
     def _on_end(self, worker: Worker, predecessor: Predecessor) -> None:
         self._selector.unregister(predecessor)
         self._fleet.inherit_rings(worker)
-        if any(other.predecessor is not None for other in self._fleet.workers):
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._is_over or any(other.predecessor is not None for other in self._fleet.workers):
             return
+        self._is_over = True
         count, former = len(self._orphans.predecessors), self._orphans.inventory.supervisor
         self._done()
-        self._log.notice(f"Took over from supervisor {former}: {count} workers replaced")
+        self._log.notice(f"Took over from supervisor {former}: {counted(count, 'worker')} replaced")

@@ -109,6 +109,6 @@ def count_filled(ring: socket.socket, ring_bytes: int) -> int:
 
 
 def take_ring_drops(ring: socket.socket) -> int:
-    """Datagrams that found the ring full since the last call: the kernel's counter resets when read."""
+    """Frames that found the ring full since the last call: the kernel's counter resets when read."""
     _, drops = struct.unpack("@II", ring.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
     return int(drops)

@@ -62,14 +62,16 @@ class Keeper:
     def publish(self, wanted: Mapping[str, Descriptor], inventory: Inventory) -> None:
         """Have exactly `wanted` kept, and `inventory` written. Raises RelayError when the file can't be written.
 
-        From the first call on it is this template that the next supervisor meets. What a busy template does not take
-        now is sent with the next call.
+        From the first time on that all is kept it is this template that the next supervisor meets, and this inventory
+        that it reads. What a busy template does not take now is sent with the next call.
         """
-        if self._bound.exists():
-            self._bound.replace(self._path)
         if self._channel is not None:
             with contextlib.suppress(BlockingIOError, ChannelClosedError):
                 self._synchronize(self._channel, wanted)
+        if self._inventory is None and not self.is_complete(wanted):
+            return
+        if self._bound.exists():
+            self._bound.replace(self._path)
         if inventory != self._inventory:
             self._file.save(inventory)
             self._inventory = inventory

@@ -21,6 +21,7 @@ from relay.supervisor.timers import Timers
 END_S_MAX = 1.0  # after its stream has closed
 TURN_S_MAX = 0.02  # of obeying, before everything else has its turn; one request may take longer
 RESTART_DELAY_S = 0.2  # for a process that ended within this time of its start
+STARTS_MAX = 5  # of processes that somebody kills before the first one is ready
 
 
 class ControlPlaneLink:
@@ -95,7 +96,7 @@ class ControlPlaneLink:
         self._process = None
         self._drop()
         self._log.error(f"Control plane process exited unexpectedly: {describe_status(status)}")
-        if self._was_ever_ready:
+        if self._was_ever_ready or (status < 0 and self.epoch < STARTS_MAX):
             lived_s = time.monotonic() - self._started_s
             self._timers.after(0 if lived_s > RESTART_DELAY_S else RESTART_DELAY_S, self.start)
         else:

@@ -49,6 +49,7 @@ from relay.supervisor.changes import Change, Changes
 from relay.supervisor.egress_watch import EgressWatch
 from relay.supervisor.exclusive import Exclusive
 from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.guards import GuardWatch
 from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
 from relay.supervisor.interface_watch import InterfaceWatch
@@ -66,6 +67,7 @@ from relay.supervisor.service import ServiceManager
 from relay.supervisor.stalls import StallWatch
 from relay.supervisor.state import state_file
 from relay.supervisor.timers import Timers
+from relay.wording import counted
 
 TICK_S = 1.0
 STOP_S_MAX = 1.5  # for rings to be emptied at the end; the whole stop takes under 2 s
@@ -184,10 +186,11 @@ class Supervisor:
         if stale.names:
             is_restart = self._orphans is not None and self._orphans.inventory.supervisor == os.getpid()
             whose = "this supervisor before its restart" if is_restart else "a killed supervisor"
-            self._log.notice(f"Removed {len(stale.names)} segments of {whose}, {stale.unread} records rescued")
+            rescued = counted(stale.unread, "record")
+            self._log.notice(f"Removed {counted(len(stale.names), 'segment')} of {whose}, {rescued} rescued")
         for line in lines:
             self._log.notice(line)
-        self._restarter = Restarter(self._timers)
+        self._restarter = Restarter(self._timers, self._obstacle_to_restart)
 
     def _find_former(self, ring_bytes: int, fanout: Fanout) -> list[str]:
         """Take over what a killed supervisor left, running or written down; return lines about it."""
@@ -222,6 +225,7 @@ class Supervisor:
         self._watch.follow(self._changes, self._book)
         self._sampler = Sampler(self._fleet)
         self._stalls = StallWatch(self._fleet, self._log)
+        self._guards = GuardWatch(self._fleet, self._log)
         self._protection = ProtectionWatch(self._fleet, self._log)
         loop, options = (self._log, self._selector, self._timers), self._options
         self._link = ControlPlaneLink(
@@ -269,7 +273,8 @@ class Supervisor:
         states = [planned.state for planned in self._fleet.plan.rules]
         waiting = len(states) - states.count("active")
         return (
-            f"{len(states)} rules{f' ({waiting} waiting)' if waiting else ''}, {len(workers)} workers, "
+            f"{counted(len(states), 'rule')}{f' ({waiting} waiting)' if waiting else ''}, "
+            f"{counted(len(workers), 'worker')}, "
             f"{sum(w.packets_per_second for w in workers):.0f} packets/s, "
             f"{sum(w.bits_per_second for w in workers):.0f} bit/s"
         )
@@ -292,17 +297,23 @@ class Supervisor:
         if self._keeper.is_complete(kept):
             self._published = revision
             self._fleet.let_outlive()
+            self._let_former_go()
 
     def _on_worker_started(self, worker: Worker) -> None:
         if self._handover is not None:
             self._handover.begin(worker)
 
     def _on_handed_over(self) -> None:
-        """The former workers are gone: the next supervisor is to find these now, and nobody the former template."""
-        orphans, self._handover, self._orphans = self._orphans, None, None
+        """The former workers are gone: the next supervisor is to find these now."""
+        self._handover = None
         self._publish()
-        if orphans is not None:
-            orphans.close()
+
+    def _let_former_go(self) -> None:
+        """All is kept by the template of this supervisor: nobody needs the former one any more."""
+        if self._orphans is None:
+            return
+        orphans, self._orphans = self._orphans, None
+        orphans.close()
         self._log_drain.stale_ended()
 
     def _give_up(self) -> None:
@@ -324,6 +335,7 @@ class Supervisor:
         self._log_drain.stop()
         if self._exclusive is not None:
             self._exclusive.close()
+        self._fleet.tell_restart()
         self._restarter.execute()
 
     def _stop(self) -> None:
@@ -364,7 +376,7 @@ class Supervisor:
         except RelayError as error:
             self._log.error(f"Configuration not changed: {error}")
             return
-        self._log.notice(f"Configuration read again: {len(rules)} rules")
+        self._log.notice(f"Configuration read again: {counted(len(rules), 'rule')}")
         if options != self._options:
             self._log.warning("Options other than rules have changed: they take effect at the next start")
         self._book.configured = tuple(rules)
@@ -373,13 +385,14 @@ class Supervisor:
     def _tick(self) -> None:
         """Once a second: what the kernel dropped, and a sample for the rates."""
         self._timers.after(TICK_S, self._tick)
-        for (core, interface), drops in self._fleet.count_ring_drops().items():
+        for (core, interface), frames in self._fleet.count_ring_drops().items():
             self._log.warning(
-                f"Ring of {interface} full: {drops} frames lost on core {core}", core=core, iface=interface
+                f"Ring of {interface} full: {counted(frames, 'frame')} lost on core {core}", core=core, iface=interface
             )
         for line in self._egress_watch.look(self._fleet.generation, self._fleet.egress_keys()):
             self._log.warning(line)
         self._watch.retry()
+        self._guards.look()
         self._sampler.tick()
 
     def _watch_stalls(self) -> None:
@@ -444,10 +457,17 @@ class Supervisor:
         def refuse(error: str) -> None:
             self._link.answer(epoch, Refused(request.request_id, error))
 
-        if self._handover is not None:
-            refuse("the last restart is not over: former workers still run")
-            return
         self._restarter.begin(agree, refuse)
+
+    def _obstacle_to_restart(self) -> str | None:
+        """Why the next supervisor could not go on with everything now, None when it could."""
+        if self._orphans is not None:
+            return "former workers are still there"
+        if not self._nursery.is_settled:
+            return "the template or a worker still starts"
+        if self._published != (self._fleet.revision, self._nursery.template_pid):
+            return "the template has not yet taken what it is to keep"
+        return None
 
     def _on_log_level(self, request: LogLevel) -> None:
         try:
@@ -457,7 +477,7 @@ class Supervisor:
                     levels.parse_level(request.level), levels.parse_facility(request.facility), request.core
                 )
                 self._levels.apply(self._log_rings)
-                self._log.notice(f"Log level set to {request.level} for {len(rings)} rings")
+                self._log.notice(f"Log level set to {request.level} for {counted(len(rings), 'ring')}")
         except RelayError as error:
             self._link.tell(Refused(request.request_id, str(error)))
             return

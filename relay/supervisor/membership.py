@@ -50,6 +50,16 @@ def _membership_option(listen: Listen, join: bool) -> tuple[int, bytes]:
     return option, request + _sockaddr_storage(listen.address) + _sockaddr_storage(listen.source)
 
 
+def _not_held(listen: Listen, error: OSError) -> str:
+    """Why an input is not held. It is relayed all the same: the packet ring takes what has this host's MAC address."""
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"{listen.address} is no address of this host: only what is routed through it comes to the relay: "
+            "give an address of this host, or a multicast group"
+        )
+    return f"{listen.address}:{listen.port} is not held for the relay: {error.strerror}: see `ss -ulnp` for who has it"
+
+
 class Memberships:
     """Everything that is joined or held now; `update` makes it what is wanted."""
 
@@ -156,10 +166,7 @@ class Memberships:
             holder.bind((listen.address, listen.port))
         except OSError as error:
             holder.close()
-            raise RelayError(
-                f"{listen.address}:{listen.port} is not held for the relay: {error.strerror}: give an address of this "
-                "host, or a multicast group"
-            ) from error
+            raise RelayError(_not_held(listen, error)) from error
         self._held[listen] = holder
 
     def close(self) -> None:

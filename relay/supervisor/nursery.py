@@ -23,14 +23,15 @@ from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawn
 from relay.supervisor import kin
 from relay.supervisor.children import MisbehaviourError, describe_status, start_template
 from relay.supervisor.fleet import Fleet, Worker
-from relay.supervisor.health import HANG_S, PROBATION_S, PULSE_INTERVAL_S, START_HANG_S
+from relay.supervisor.health import HANG_S, PROBATION_S, PULSE_INTERVAL_S, START_HANG_S, Pulse
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.logs import last_words
 from relay.supervisor.relief import Relief
 from relay.supervisor.timers import Timers
 from relay.supervisor.vitals import read_vitals
 
-RESTART_DELAY_S = 0.5  # for a template that ended before it was ready
+RESTART_DELAY_S = 0.5  # for a template that ended before it was ready, more than once
+STARTS_MAX = 5  # of templates that somebody kills before the first one is ready
 MESSAGES_A_TURN = 64  # from one process, before everything else has its turn
 TEMPLATE_HANG_S = 2.0  # it forks in milliseconds, and tells of an exit at once
 END_S_MAX = 0.5  # for a process that has closed its channel
@@ -67,11 +68,15 @@ class Nursery:
         self._channel: Channel[FromTemplate] | None = None
         self._template_ready = False
         self._template_was_ever_ready = False
+        self._template_pulse = Pulse()
+        self._heard = 0  # messages of templates
+        self._failed_starts = 0  # of templates, one after the other
         self._open = False
         self._pidfds: dict[int, int] = {}  # by core: of workers that are what their template said
         self._templates: dict[int, int] = {}  # by core: the template's pid that was asked for the worker
         self._condemned: set[int] = set()  # cores whose worker is killed as soon as its pid is known
         self._silent: set[int] = set()  # cores whose worker has closed its channel, and whose exit was not told yet
+        self._early: set[int] = set()  # cores whose worker says that it runs, and whose pid was not told yet
 
     def start(self) -> None:
         """Start the template; workers follow when it is ready and `open` was called."""
@@ -100,11 +105,17 @@ class Nursery:
         self._on_template()
         self._close_channel()
         self._template = None
-        for core in sorted(self._silent):  # nobody will tell of these any more
-            self._on_exit(self._worker_of(core), UNTOLD)
         self._log.error(f"Template process exited unexpectedly: {describe_status(status)}")
-        if self._template_was_ever_ready:
-            self._timers.after(0 if self._template_ready else RESTART_DELAY_S, self.start)
+        for worker in self._fleet.workers:  # nobody will tell of these any more
+            if worker.channel is not None and not worker.pid:
+                self._call_off(worker)
+            elif worker.core in self._silent:
+                self._on_exit(worker, UNTOLD)
+        self._failed_starts = 0 if self._template_ready else self._failed_starts + 1
+        is_killed = status < 0 and self._failed_starts < STARTS_MAX
+        if self._template_was_ever_ready or is_killed:
+            # At once, if it can be: until then nobody keeps anything for the next supervisor.
+            self._timers.after(0 if self._failed_starts <= 1 else RESTART_DELAY_S, self.start)
         else:
             give_up()
 
@@ -130,6 +141,12 @@ class Nursery:
                 self._template.wait()
         for pidfd in self._pidfds.values():
             os.close(pidfd)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the template and all workers run that have no reason to wait."""
+        ready = self._template is not None and self._channel is not None and self._template_ready
+        return ready and all(worker.running or worker.lives.young_deaths > 1 for worker in self._fleet.workers)
 
     @property
     def template_pid(self) -> int:
@@ -187,6 +204,7 @@ class Nursery:
 
     def _hear_template(self, message: FromTemplate) -> None:
         """Raises MisbehaviourError for what does not fit the state."""
+        self._heard += 1
         match message:
             case TemplateReady():
                 if self._template_ready:
@@ -197,6 +215,8 @@ class Nursery:
                 self._on_spawned(self._worker_of(message.core), message.pid)
             case Exited():
                 worker = self._worker_of(message.core)
+                if not worker.pid and self._template is not None and self._template.poll() is not None:
+                    return  # not known when it was spawned, either
                 if worker.pid != message.pid or (worker.core in self._pidfds and not self._has_ended(worker)):
                     raise MisbehaviourError(f"an exit that did not happen: {message}")
                 self._on_exit(worker, describe_status(os.waitstatus_to_exitcode(message.status)))
@@ -206,16 +226,19 @@ class Nursery:
         template_pid = self._templates.get(worker.core)
         if worker.channel is None or worker.pid or self._template is None or template_pid != self._template.pid:
             raise MisbehaviourError(f"a worker that was not asked for: core {worker.core}, pid {pid}")
-        if self._template.poll() is None:  # otherwise init is its parent by now, and nothing can be known
-            try:
-                pidfd = kin.hold(pid, template_pid, self._uid)
-            except kin.NotKinError as error:
-                raise MisbehaviourError(str(error)) from error
-            if pidfd is not None:
-                self._pidfds[worker.core] = pidfd
+        if self._template.poll() is not None:
+            return  # init is its parent by now, and nothing can be known: `watch` calls it off
+        try:
+            pidfd = kin.hold(pid, template_pid, self._uid)
+        except kin.NotKinError as error:
+            raise MisbehaviourError(str(error)) from error
+        if pidfd is not None:
+            self._pidfds[worker.core] = pidfd
         self._fleet.worker_spawned(worker, pid)
         if worker.core in self._condemned:
             self._kill(worker)
+        elif worker.core in self._early:
+            self._begin(worker)
 
     def _has_ended(self, worker: Worker) -> bool:
         return worker.core not in self._pidfds or kin.has_ended(self._pidfds[worker.core])
@@ -291,31 +314,49 @@ class Nursery:
         """Raises MisbehaviourError for what does not fit the state."""
         match message:
             case Started():
-                if worker.running:
+                if worker.running or worker.core in self._early:
                     raise MisbehaviourError("out of order: Started")
-                self._fleet.worker_started(worker)
-                self._on_started(worker)
+                if worker.pid:
+                    self._begin(worker)
+                else:  # who can't be signalled gets no rings
+                    self._early.add(worker.core)
             case TableInUse():
                 if not worker.running or not worker.generation < message.generation <= self._fleet.generation:
                     raise MisbehaviourError(f"out of order: {message}")
                 worker.generation = message.generation
 
+    def _begin(self, worker: Worker) -> None:
+        """A worker runs that can be signalled: hand it everything."""
+        self._early.discard(worker.core)
+        self._fleet.worker_started(worker)
+        self._on_started(worker)
+
     def _let_go(self, worker: Worker, channel: Channel[FromWorker]) -> None:
         """Hear no more of a worker; its template tells of its exit, if that one is still there."""
         self._selector.unregister(channel)
         worker.running = False
-        if self._is_orphan(worker.core):
+        self._early.discard(worker.core)
+        if not self._is_orphan(worker.core):
+            self._silent.add(worker.core)
+            self._timers.after(END_S_MAX, lambda: self._kill(worker) if worker.channel is channel else None)
+        elif worker.pid:
             self._kill(worker)
             self._on_exit(worker, UNTOLD)
         else:
-            self._silent.add(worker.core)
-            self._timers.after(END_S_MAX, lambda: self._kill(worker) if worker.channel is channel else None)
-            self._timers.after(END_S_MAX + TEMPLATE_HANG_S, lambda: self._insist(worker, channel))
+            self._call_off(worker)
 
-    def _insist(self, worker: Worker, channel: Channel[FromWorker]) -> None:
-        """The exit of a worker that was let go should have been told by now."""
-        if worker.channel is channel and self._has_ended(worker):
-            self._replace_template()
+    def _call_off(self, worker: Worker) -> None:
+        """The template has ended that was asked for this worker, and never told of it: the next one is asked.
+
+        A worker that was forked ends as its channel closes: it was handed no ring, and not told to outlive.
+        """
+        assert worker.channel is not None
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(worker.channel)
+        for cores in (self._condemned, self._silent, self._early):
+            cores.discard(worker.core)
+        self._fleet.worker_gone(worker)
+        self._spawn(worker)
 
     def _replace_template(self) -> None:
         """Nobody else can start workers: one that does not answer is ended, and `watch` starts the next."""
@@ -330,8 +371,8 @@ class Nursery:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(worker.channel)
         delay_s = worker.lives.died(time.monotonic() - worker.started_s, worker.hangs)
-        self._condemned.discard(worker.core)
-        self._silent.discard(worker.core)
+        for cores in (self._condemned, self._silent, self._early):
+            cores.discard(worker.core)
         pidfd = self._pidfds.pop(worker.core, None)
         if pidfd is not None:
             os.close(pidfd)
@@ -351,10 +392,8 @@ class Nursery:
         """Kill workers that hang, and say of those that kept dying that they have recovered."""
         self._timers.after(PULSE_INTERVAL_S, self._take_pulses)
         now_s = time.monotonic()
+        self._take_pulse_of_template(now_s)
         for worker in self._fleet.workers:
-            is_awaited = worker.channel is not None and not worker.pid
-            if is_awaited and self._template_ready and now_s - worker.started_s > TEMPLATE_HANG_S:
-                self._replace_template()
             if not worker.pid or worker.hangs:
                 continue
             if worker.running and now_s - worker.started_s >= PROBATION_S:
@@ -370,6 +409,20 @@ class Nursery:
                 worker.hangs = True
                 self._log.error(f"The worker of core {worker.core} hangs, killed", core=worker.core, pid=worker.pid)
                 self._kill(worker)
+
+    def _take_pulse_of_template(self, now_s: float) -> None:
+        """Replace one that has nothing to say of a worker that it was asked for, or of one that has ended.
+
+        Only time counts that it could have used: on a busy machine the next one would be no faster.
+        """
+        is_awaited = any(
+            worker.channel is not None and (not worker.pid or (worker.core in self._silent and self._has_ended(worker)))
+            for worker in self._fleet.workers
+        )
+        if self._template is None or not self._template_ready or not is_awaited:
+            self._template_pulse.begin(now_s)
+        elif self._template_pulse.hangs(self._heard, now_s, partial(read_vitals, self._template.pid), TEMPLATE_HANG_S):
+            self._replace_template()
 
     def _respawn(self, worker: Worker) -> None:
         self._log.info(f"Spawning Data Plane worker for core {worker.core}", core=worker.core)

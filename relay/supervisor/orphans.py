@@ -3,7 +3,7 @@
 The former supervisor wrote the inventory (keeper.py), which only its user can write: pids, rings, memberships. Who
 takes over holds a lock on it, so that it is one. The template, which is less privileged, holds the descriptors and
 hands them to whoever connects to its hand-over socket as root or as the supervisor's user. Each is checked to be what
-the inventory says before it is used.
+the inventory says before it is used. What the template has not, as it died, is taken from the workers (salvage.py).
 """
 
 import contextlib
@@ -29,10 +29,12 @@ from relay.errors import PreflightError, RelayError
 from relay.messages import Exited, FromOrphans, Keep, KeptAll, Leave
 from relay.supervisor import kin
 from relay.supervisor.membership import Listen
+from relay.supervisor.salvage import Bound, salvage
 from relay.supervisor.state import StateFile
 
 VERSION = 1
 HANDOVER_S_MAX = 5.0  # a template answers in milliseconds
+LOAD_S_MAX = 20.0  # after its start, on a busy machine: it loads the compiled code first
 LISTENER = "listener"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SO_ACCEPTCONN = 30
@@ -223,8 +225,8 @@ class Orphans:
     """Everything that is taken over."""
 
     inventory: Inventory
-    channel: Channel[FromOrphans]
-    template: int  # pidfd
+    channel: Channel[FromOrphans] | None  # None: the template is dead
+    template: int | None  # pidfd; None: as above
     kept: Kept
     predecessors: dict[int, Predecessor] = field(default_factory=dict)  # by core
     is_over: bool = False
@@ -242,7 +244,8 @@ class Orphans:
 
     def pids(self) -> set[int]:
         """The processes that run and use segments."""
-        return {self.inventory.template.pid, *(predecessor.pid for predecessor in self.predecessors.values())}
+        template = () if self.template is None else (self.inventory.template.pid,)
+        return {*template, *(predecessor.pid for predecessor in self.predecessors.values())}
 
     def stats_identities(self) -> set[int]:
         """The files of the counters, as logging_shm.segment.identity_of tells them."""
@@ -254,7 +257,7 @@ class Orphans:
 
     def follow(self, core: int, stats: StatsSegment) -> None:
         """Another worker reads the core's rings from now on: if this take-over fails, it tells the next where."""
-        if self.is_over:
+        if self.is_over or self.channel is None:
             return
         with contextlib.suppress(ChannelClosedError, OSError):
             self.channel.send(Keep((stats_name(core),)), [stats.fileno()])
@@ -292,24 +295,31 @@ class Orphans:
     def abandon(self) -> None:
         """Leave everything to the next one: this start has failed."""
         self.is_over = True
-        self.channel.close()
+        if self.channel is not None:
+            self.channel.close()
 
     def close(self) -> None:
         """Let go of what was not taken, and of the template, whose workers have ended."""
         if self.is_over:
             return
         self.is_over = True
-        with contextlib.suppress(ChannelClosedError, OSError):
-            self.channel.send(Leave())
-        self.channel.close()
-        end_template(self.inventory.template, self.template)
+        if self.channel is not None:
+            with contextlib.suppress(ChannelClosedError, OSError):
+                self.channel.send(Leave())
+            self.channel.close()
+        if self.template is not None:
+            end_template(self.template)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(
+                self.inventory.template.pid, os.WNOHANG
+            )  # a child of this process, if that became another program
         for predecessor in self.predecessors.values():
             predecessor.close()
         self.kept.close()
         self.predecessors.clear()
 
 
-def end_template(template: KeptProcess, pidfd: int) -> None:
+def end_template(pidfd: int) -> None:
     """Wait until a template has ended that has no reason to stay, and end it if it does."""
     with selectors.DefaultSelector() as selector:
         selector.register(pidfd, selectors.EVENT_READ)
@@ -317,8 +327,6 @@ def end_template(template: KeptProcess, pidfd: int) -> None:
             kin.kill(pidfd)
             selector.select(TEMPLATE_END_S_MAX)
     os.close(pidfd)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(template.pid, os.WNOHANG)  # a child of this process, if that became another program
 
 
 def _is_ring_on(sock: socket.socket, ring: KeptRing) -> bool:
@@ -367,37 +375,34 @@ def take_over(
         return None, lines
     former = f"supervisor {inventory.supervisor}"
     template = open_process(inventory.template)
-    channel, kept = (None, Kept()) if template is None else _fetch(handover_path(control_socket), inventory.cores)
-    running = predecessors(inventory, instance, kept)
+    channel: Channel[FromOrphans] | None = None
+    kept = Kept(inventory.cores)
+    if template is not None:
+        channel, kept = _fetch(handover_path(control_socket), inventory)
     if template is not None and channel is None:
         lines.append(f"The template of {former} did not answer and was killed")
         kin.kill(template)
-    if template is not None and channel is not None:
-        orphans = Orphans(inventory, channel, template, kept, running)
-        if running and orphans.fits(cores, ring_bytes, fanout):
-            return orphans, lines
-        if running:
-            lines.append(f"Workers of {former} have other cores or rings and were ended")
-        end(running.values())
-        orphans.close()
-        return None, lines
+        end_template(template)
+        template = None
+    running = predecessors(inventory, instance, kept, lines)
+    orphans = Orphans(inventory, channel, template, kept, running)
+    # Without a worker there are rings that fill, if the template has kept them.
+    if (running or template is not None) and orphans.fits(cores, ring_bytes, fanout):
+        if template is None:
+            lines.append(f"Workers of {former} had no template left: their rings were taken from themselves")
+        return orphans, lines
     if running:
-        lines.append(f"Workers of {former} had no template left and were ended")
+        why = "have other cores or rings" if template is not None else "had no template left"
+        lines.append(f"Workers of {former} {why} and were ended")
     end(running.values())
-    for predecessor in running.values():
-        predecessor.close()
-    kept.close()
-    if template is not None:
-        end_template(inventory.template, template)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(inventory.template.pid, os.WNOHANG)
+    orphans.close()
     return None, lines
 
 
-def _fetch(path: Path, cores: Collection[int]) -> tuple[Channel[FromOrphans] | None, Kept]:
+def _fetch(path: Path, inventory: Inventory) -> tuple[Channel[FromOrphans] | None, Kept]:
     """The channel to an orphaned template and what it kept; None and nothing from one that does not answer."""
-    channel = connect(path)
-    kept = Kept(cores)
+    channel = connect(path, max(HANDOVER_S_MAX, LOAD_S_MAX - _age_s(inventory.template)))
+    kept = Kept(inventory.cores)
     if channel is None:
         return None, kept
     try:
@@ -405,8 +410,13 @@ def _fetch(path: Path, cores: Collection[int]) -> tuple[Channel[FromOrphans] | N
     except (OSError, ValueError, ChannelClosedError, msgspec.ValidationError):
         channel.close()
         kept.close()
-        return None, Kept()
+        return None, Kept(inventory.cores)
     return channel, kept
+
+
+def _age_s(process: KeptProcess) -> float:
+    """How long ago it was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def end(running: Collection[Predecessor]) -> None:
@@ -438,10 +448,30 @@ def open_process(worker: KeptProcess) -> int | None:
     return None
 
 
-def connect(path: Path) -> Channel[FromOrphans] | None:
+def _complete(kept: Kept, inventory: Inventory, worker: KeptWorker, pidfd: int) -> None:
+    """Take from a worker what should be kept for its core and is not. Raises OSError."""
+    core = worker.core
+    missing = {
+        name: Bound(ring.interface, ring.ifindex, ring.fanout_id)
+        for ring in inventory.rings
+        if (name := ring_name(ring.number, core)) not in kept.sockets
+    }
+    if not missing and core in kept.stats and core in kept.copies:
+        return
+    salvaged = salvage(pidfd, worker.pid, core, set(missing.values()))
+    kept.sockets |= {name: salvaged.sockets[bound] for name, bound in missing.items() if bound in salvaged.sockets}
+    if salvaged.copies is not None and kept.copies.setdefault(core, salvaged.copies) is not salvaged.copies:
+        salvaged.copies.close()
+    if salvaged.stats is not None and core not in kept.stats:
+        kept.stats[core] = StatsHeader(stats_name(core), salvaged.stats, owner=False)
+    elif salvaged.stats is not None:
+        os.close(salvaged.stats)
+
+
+def connect(path: Path, answer_s_max: float) -> Channel[FromOrphans] | None:
     """The channel to an orphaned template, None when it does not take it."""
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    end.settimeout(HANDOVER_S_MAX)
+    end.settimeout(answer_s_max)
     try:
         end.connect(str(path))
     except OSError:
@@ -462,13 +492,18 @@ def receive(channel: Channel[FromOrphans], kept: Kept) -> None:
             kept.add(name, descriptor)
 
 
-def predecessors(inventory: Inventory, instance: str | None, kept: Kept) -> dict[int, Predecessor]:
-    """The workers of the inventory that run."""
+def predecessors(inventory: Inventory, instance: str | None, kept: Kept, lines: list[str]) -> dict[int, Predecessor]:
+    """The workers of the inventory that run; adds to `kept` what only they have, and to `lines` why that failed."""
     found = {}
     for worker in inventory.workers:
         pidfd = open_process(worker)
         if pidfd is None:
             continue
+        try:
+            _complete(kept, inventory, worker, pidfd)
+        except OSError as error:
+            remedy = ": that needs CAP_SYS_PTRACE" if isinstance(error, PermissionError) else ""
+            lines.append(f"What worker {worker.pid} has open can't be taken from it: {error.strerror}{remedy}")
         try:
             # The name may be that of a later worker, whose supervisor was killed while it took over.
             stats = kept.stats.get(worker.core) or StatsHeader.attach(worker.core, instance)

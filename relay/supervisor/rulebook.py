@@ -12,6 +12,7 @@ import msgspec
 from relay.messages import ApplyRules, Configure, Restore
 from relay.rules import Rule, check_cycles, check_protected, describe, validate
 from relay.supervisor.state import VERSION, State, StateFile
+from relay.wording import counted
 
 CARRIED_OUT_KEPT = 64  # of the ids of clients' changes, in the state file: clients come back within seconds
 CARRIED_OUT_MAX = 4096  # clients' changes that are remembered: a client asks again within half a minute
@@ -37,7 +38,8 @@ class RuleBook:
             self.rules = {rule.rule_id: rule for rule in state.rules}
             self._configured_ids = state.configured
             self._carried_out.extend(state.carried_out)
-            lines.append(f"{len(state.rules)} rules of {self._file.path} go on")
+            go = "goes" if len(state.rules) == 1 else "go"
+            lines.append(f"{counted(len(state.rules), 'rule')} of {self._file.path} {go} on")
         return [*lines, *damage]
 
     def save(self) -> None:
@@ -94,4 +96,4 @@ class RuleBook:
         for rule_id, line in lines[:RULES_LOGGED_MAX]:
             yield line, {"rule": rule_id}
         if len(lines) > RULES_LOGGED_MAX:
-            yield f"{len(lines) - RULES_LOGGED_MAX} more rules added, replaced or removed", {}
+            yield f"{counted(len(lines) - RULES_LOGGED_MAX, 'more rule')} added, replaced or removed", {}

@@ -125,7 +125,13 @@ class Sampler:
             restarts=worker.restarts,
             latency=latency_of(worker.stats.health["latency"], int(worker.stats.health["latency_ns_max"])),
             frames_untracked=count(worker.stats.health["frames_untracked"]),
+            ring_fill_percent=self._ring_fill(worker),
         )
+
+    def _ring_fill(self, worker: Worker) -> dict[str, int]:
+        percent = worker.stats.header["ring_fill_percent"]
+        names = self._fleet.interface_names()
+        return {name: min(count(percent[number]), 100) for number, name in sorted(names.items())}
 
     def stats(self, request_id: int) -> Stats:
         """Everything, with totals as of now."""
@@ -191,6 +197,7 @@ class Sampler:
             last_packet_unix_s=unix_s(counters["last_ns"]),
             streams=list(streams.get(rule.rule_id, ())),
             input_rings=list(dict.fromkeys(number for _, number in self._fleet.inputs_of(planned))),
+            drops={DropCause.RATE_LIMIT.name.lower(): count(counters["drops_rate_limit"])},
             rtp=totals.rtp(),
             mpeg_ts=totals.mpeg_ts(),
             protection=health_of(self._fleet, rule),

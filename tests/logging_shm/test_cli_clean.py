@@ -28,7 +28,7 @@ def test_clean_removes_a_dead_process_rings_and_keeps_a_living_ones(instance: st
         result = mcrlog("clean", "--instance", instance)
         assert left(instance) == ["controlplane"]
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"removed mcr_{instance}_supervisor, 1 unread records\n1 removed, 1 in use\n"
+    assert result.stdout == f"removed mcr_{instance}_supervisor, 1 unread record\n1 removed, 1 in use\n"
 
 
 def test_a_ring_whose_creator_or_writer_lives_is_kept(instance: str) -> None:

@@ -1,5 +1,7 @@
 """What a writer that went wrong left in a header, and what of it can hurt who looks: nothing."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,9 +15,22 @@ from logging_shm.cli.follow import Filter, Follower
 from logging_shm.cli.list_rings import describe
 from logging_shm.cli.stat import Meter
 from logging_shm.layout import FORMATS_OFFSET, HEADER, RECORDS_OFFSET
+from logging_shm.segment import SHM_DIRECTORY
 from tests.logging_shm.command import new_instance, ring_of
 
 HEADER_END = HEADER["limits"] + HEADER.fields["limits"].bytes
+
+
+@pytest.mark.parametrize("command", [("list",), ("stat", "--count", "1", "--interval-s", "0.1"), ("clean",)])
+def test_a_segment_that_is_cut_short_while_it_is_looked_at_ends_no_command(command: tuple[str, ...]) -> None:
+    """An access beyond the end of a mapped file is a SIGBUS."""
+    instance = new_instance()
+    with ring_of(instance) as cut:
+        cut.write(LogEntry(Severity.Info, cut.facility, "gone in a moment"))
+        program = [sys.executable, "-m", "tests.logging_shm.truncating", *command, "--instance", instance]
+        result = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert (SHM_DIRECTORY / cut.segment.name).stat().st_size == 0
+    assert result.returncode == 0, result
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ def wrong(tmp_path: Path) -> Path:
     return tmp_path / "wrong.toml"
 
 
+ONE = '[[rules]]\ninput_group = "239.1.1.1"\ninput_port = 1\noutputs = ["10.0.0.1:1:lo"]\n'
+
+
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     (tmp_path / "good.toml").write_text(GOOD)
@@ -45,6 +48,8 @@ def test_check_prints_a_line_for_each_error(wrong: Path) -> None:
 
 def test_check_counts_rules_and_tells_of_chains(good: Path) -> None:
     assert run("config", "check", good).stdout == "ok: 4 rules\n"
+    good.write_text(ONE)
+    assert run("config", "check", good).stdout == "ok: 1 rule\n"
     good.write_text(GOOD + '[[rules]]\ninput_group = "239.2.2.1"\ninput_port = 6001\noutputs = ["10.0.0.1:1:lo"]\n')
     result = run("config", "check", good)
     assert result.exit_code == 0
@@ -83,7 +88,7 @@ def test_without_a_relay_nothing_is_compared(good: Path, command: str, exit_code
 
 def test_who_wants_json_is_not_asked(good: Path) -> None:
     result = run("config", "apply", "--json", good)
-    assert (result.exit_code, "give --yes, too, or --dry-run" in result.stderr) == (1, True)
+    assert (result.exit_code, "give --yes, too, or --dry-run" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -98,5 +103,5 @@ def test_who_wants_json_is_not_asked(good: Path) -> None:
 def test_ranges_that_make_no_sense_are_refused_before_the_relay_is_asked(options: list[str], message: str) -> None:
     outputs = [] if any(option.startswith("--output") for option in options) else ["--output", "{group}:1:lo"]
     result = run("add-rule", "--input-port", "5001", *options, *outputs)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr

@@ -148,7 +148,9 @@ def test_a_refusal_has_the_relays_words(tmp_path: Path, run: Run) -> None:
 
 @both
 def test_no_relay_is_told_with_the_remedy(tmp_path: Path, run: Run) -> None:
-    with pytest.raises(UnreachableError, match=r"No such file or directory: start one with `sudo make run"):
+    with pytest.raises(
+        UnreachableError, match=r"No such file or directory: start one with `sudo mcrd --interface …` or `sudo make run"
+    ):
         run(tmp_path / "none", 1)
 
 
@@ -179,6 +181,17 @@ def test_a_result_of_another_shape_is_told(tmp_path: Path) -> None:
         with pytest.raises(ControlError, match="use a client of the relay's version"):
             client.ping()
         client.close()
+
+
+def test_who_waits_long_is_told_once_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay's process lives, and does not answer; it answers the request that follows."""
+    monkeypatch.setattr("relay.client.SILENCE_S", 0.05)
+    path, told = tmp_path / "socket", list[str]()
+    with server(path, stays_silent, answers), Client(path, 0.3, on_silence=told.append) as asking:
+        with pytest.raises(UnreachableError, match="no answer within"):
+            asking.ask(api.Ping())
+        assert asking.ping().version == "9"
+    assert told == [f"{path}: mcrd does not answer: is it running? waiting 0 s more"]
 
 
 def test_a_cancelled_request_costs_the_others_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from relay.config import merge, parse_cores, socket_path
 from relay.configfile import parse, read
-from relay.errors import ConfigError
+from relay.errors import ConfigError, UsageError
 
 RULE = """
 [[rules]]
@@ -33,7 +33,7 @@ def test_an_interface_that_is_given_twice_is_one() -> None:
 
 
 def test_an_instance_that_can_not_be_has_no_socket() -> None:
-    with pytest.raises(ConfigError, match="give 1 to 24 letters"):
+    with pytest.raises(UsageError, match="give 1 to 24 letters"):
         socket_path(None, "a/b")
 
 
@@ -83,8 +83,13 @@ def test_the_command_line_goes_before_the_file() -> None:
     ],
 )
 def test_a_wrong_command_line_is_refused(command_line: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UsageError, match=message):
         merge({}, command_line)
+
+
+def test_what_a_file_says_is_no_wrong_command_line() -> None:
+    with pytest.raises(ConfigError, match="reserved name"):
+        merge({"instance": "dp"}, {"interfaces": ("lo",)})
 
 
 @pytest.mark.parametrize(("text", "cores"), [("2", (2,)), ("2,4-7", (2, 4, 5, 6, 7)), ("3,1", (3, 1))])

@@ -207,10 +207,33 @@ def test_a_removed_rule_goes_with_its_comment_and_no_other() -> None:
 
 def test_new_rules_come_last_and_what_is_left_of_a_range_is_written_out() -> None:
     new = rule("new", *(f"239.3.1.{i}:6001:eth1" for i in range(9)))
-    text = updated(FILE, "f", [*(r for r in FILED if r.rule_id != "c-5"), new])
+    told: list[str] = []
+    text = updated(FILE, "f", [*(r for r in FILED if r.rule_id != "c-5"), new], told.append)
+    assert told == [
+        "f:25: rules[2]: rule c-5 is gone, which its range of 12 rules can't say: written out as 11 entries"
+    ]
     assert text.startswith(FILE[: FILE.index('[[rules]]\nrule_id = "c-{n}')])
     assert text.count("[[rules]]") == 2 + 11 + 1
     assert text.index("# the end") < text.index('rule_id = "new"')
+
+
+def test_only_a_range_that_is_written_out_is_told_of() -> None:
+    told: list[str] = []
+    first, second, *rest = FILED
+    changed = [msgspec.structs.replace(r, stall_ms=500) if r.rule_id in ("c-1", "c-12") else r for r in rest[:-1]]
+    updated(FILE, "f", [first, second, *changed], told.append)
+    assert told == [
+        "f:25: rules[2]: rule c-1 has changed, rule c-12 is gone, which its range of 12 rules can't say: "
+        "written out as 11 entries"
+    ]
+    told.clear()
+    updated(FILE, "f", [first, rest[7]], told.append)
+    updated(FILE, "f", [second], told.append)  # a range that is gone as a whole
+    updated(FILE, "f", [first, msgspec.structs.replace(second, stall_ms=500), *rest], told.append)
+    assert told == [
+        "f:25: rules[2]: rules c-1, c-2, c-3 and 8 more are gone, which its range of 12 rules can't say: "
+        "written out as 1 entry"
+    ]
 
 
 def test_a_file_that_is_not_right_is_not_saved_to() -> None:

@@ -133,3 +133,14 @@ def test_the_relay_and_its_template_refuse_in_one_line(tmp_path: Path, start: st
         f"mcrd: compiled code is not safe: {environment}/var belongs to nobody, who could change it: "
         f"run `chown root {environment}/var`\n"
     )
+
+
+def test_what_is_to_be_compiled_first_is_told_by_a_command_that_an_installed_relay_has_too(tmp_path: Path) -> None:
+    program = "import sys, pathlib; from relay.trust import check_compiled; check_compiled(pathlib.Path('/none/of'))"
+    as_nobody = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
+    result = subprocess.run(
+        [*as_nobody, sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert f"run `{sys.executable} -m relay.dataplane.precompile` as root" in result.stderr
+    command = [sys.executable, "-c", "import importlib.util as u; assert u.find_spec('relay.dataplane.precompile')"]
+    assert subprocess.run(command, check=False, cwd=tmp_path).returncode == 0

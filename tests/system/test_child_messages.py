@@ -14,8 +14,8 @@ import socket
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +317,55 @@ def test_a_worker_whose_template_ends_before_it_could_tell_is_replaced(relay: Re
     wait_until(lambda: relay.ask("list-workers")[0]["state"] == "starting", "the supervisor hears no more of it")
     template.kill()
     running_worker(relay, other_than=worker)
+    relay.stop()
+
+
+def channels(pid: int) -> list[socket.socket]:
+    """Copies of a process's ends of channels."""
+    copies = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if str(link.readlink()).startswith("socket:"):
+            copy = taken(pid, int(link.name))
+            is_channel = (copy.family, copy.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            copies.append(copy) if is_channel else copy.close()
+    return copies
+
+
+def steal(ends: list[socket.socket], kinds: Sequence[type]) -> str:
+    """Take a message of these types away if it is the next at one of the ends; return what was taken."""
+    for end in ends:
+        with suppress(OSError):  # nothing there, or a listening socket
+            following = end.recv(PACKET_BYTES_MAX, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            for kind in kinds:
+                if kind.__name__.encode() in following:
+                    end.recv(PACKET_BYTES_MAX)
+                    return kind.__name__
+    return ""
+
+
+def test_a_worker_that_its_template_did_not_live_to_tell_of_is_replaced(relay: Relay) -> None:
+    """Nobody knows the pid of such a worker: it must get no ring, and not stand in the next one's way."""
+    worker, core = running_worker(relay), relay.cores(1)[0]
+    template, supervisor = child(relay, TEMPLATE), psutil.Process(relay.pid)
+    with end_of(template, "--fd") as end:
+        template.suspend()
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: psutil.Process(worker).status() == psutil.STATUS_ZOMBIE, "the worker has ended")
+        end.send(packed(Exited(core, worker, 9)))
+        wait_until(lambda: relay.text().count("Spawning Data Plane worker") == 2, "another one is asked for")
+    supervisor.suspend()
+    ends = channels(relay.pid)
+    template.resume()
+    wait_until(lambda: steal(ends, (Exited, Spawned)) == "Spawned", "a worker is forked")
+    (untold,) = template.children()
+    template.kill()
+    wait_until(lambda: template.status() == psutil.STATUS_ZOMBIE, "the template has ended")
+    for end in ends:
+        end.close()
+    supervisor.resume()
+    assert running_worker(relay, other_than=worker) != untold.pid
+    wait_until(lambda: not untold.is_running(), "it has ended")
+    assert "sent what it must not" not in relay.text()
     relay.stop()
 
 

@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import psutil
@@ -168,7 +169,12 @@ def test_ten_thousand_rules_of_six_lines_are_applied_and_match(line: Line, relay
     file.write_text(SIX_LINES)
     ask(relay, "config", "apply", "--yes", str(file))
     assert control(relay, "config", "diff", str(file)).stdout == "the rules are the same\n"
-    assert ask(relay, "config", "save", str(file)) == {"file": str(file), "rules": 10_000, "is_changed": False}
+    assert ask(relay, "config", "save", str(file)) == {
+        "file": str(file),
+        "rules": 10_000,
+        "is_changed": False,
+        "warnings": [],
+    }
     to = ("--group", "239.2.0.99", "--port", "6099", "--interface", "left")
     with receiver(sink, tmp_path, *to) as received:
         send(gen, "--interface", "right", "--group", "239.1.0.99", "--port", "5099", "--rate", "2000", "--count", "500")
@@ -281,6 +287,21 @@ def test_the_file_that_the_relay_reads_and_what_is_made_of_it(
     replace_control_plane(relay)
     assert ids(relay) == ["d"]
     relay.stop()
+
+
+def test_a_change_is_made_whoever_reads_what_is_printed(relay: Relay, tmp_path: Path) -> None:
+    """The reader of its output is gone, as of `| head -1`; the output's disk is full; nobody reads errors, either."""
+    file = tmp_path / "relay.toml"
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    with os.fdopen(pipe, "w") as closed, Path("/dev/full").open("w") as full:
+        for rule_id, output, errors in (("gone", closed, PIPE), ("full", full, PIPE), ("both", closed, closed)):
+            file.write_text(RULE.format(rule_id, "239.2.2.1"))
+            command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "config", "apply", "--yes", str(file)]
+            result = relay.host.run(command, stdout=output, stderr=errors)
+            assert (result.returncode, ids(relay)) == (0, [rule_id])
+            no_room = "mcrctl: standard output: No space left on device: not all that was done could be told\n"
+            assert result.stderr == {"gone": "", "full": no_room, "both": None}[rule_id]
 
 
 def test_a_change_made_for_other_rules_is_refused_and_others_converge(relay: Relay) -> None:

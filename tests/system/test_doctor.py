@@ -103,7 +103,7 @@ def test_wrong_settings_are_found_and_their_remedies_mend_them(line: Line, relay
         ("rules", "rule waits waiting: interface spare is down", "problem"),
         ("bridge", "br0 snoops and is no querier", "note"),
         ("drops", "ttl 1: they came with TTL 1", "warning"),
-        ("joined", "14 groups are joined", "ok"),
+        ("joined", "14 groups joined", "ok"),
         ("log", "no log record was lost in 6 rings", "ok"),
         ("workers", "runs", "ok"),
     )

@@ -198,6 +198,6 @@ def test_what_the_relay_sent_itself_is_told_from_what_others_send(line: Line, re
 )
 def test_a_wrong_question_is_one_line(arguments: tuple[str, str], message: str) -> None:
     result = CliRunner().invoke(main, ["explain", *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

@@ -23,9 +23,11 @@ from tests.system.harness import (
     PPS,
     PYTHON,
     Relay,
+    assert_perfect,
     receiver,
     relay_some,
     relayed_whole,
+    send,
     sender,
     template_of,
     wait_until,
@@ -36,6 +38,7 @@ TURNS = int(os.environ.get("MCR_HANDOVER_TURNS", "2"))  # of what is done again 
 KILLS = int(os.environ.get("MCR_HANDOVER_KILLS", "2"))  # of a supervisor that changes rules
 IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
 MANY = 1000
+FEW = 1000
 ROOM = ("--ring-mib", "64")  # 0.6 s at PPS: the machine may be busy
 
 
@@ -191,11 +194,16 @@ def test_a_program_that_can_not_start_is_not_restarted_into(
 def test_a_client_waits_for_the_next_supervisor(line: Line, start_relay: StartRelay) -> None:
     relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
     add_to_lasting(relay)
+    former = relay.pid
     kill_supervisor(relay)
     command = [str(BIN / "mcrctl"), "--socket", str(relay.socket), "ping"]
-    with line.hosts[1].popen(command, stdout=-1) as client:
+    with line.hosts[1].popen(command, stdout=-1, stderr=-1) as client:
+        assert client.stderr is not None
+        told = client.stderr.readline()
         relay.start_again()
         assert client.wait(30) == 0
+    gone = f"mcrd (pid {former}) is gone: start it again with the same options, and it answers"
+    assert told.startswith(f"mcrctl: {relay.socket}: {gone}: waiting ")
     relay.stop()
 
 
@@ -225,18 +233,107 @@ def test_other_options_end_the_former_workers(line: Line, start_relay: StartRela
     relay.stop()
 
 
-def test_without_a_template_the_former_workers_are_ended(line: Line, start_relay: StartRelay) -> None:
-    relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+def kill_with_template(relay: Relay) -> None:
+    """End the template, and the supervisor before it could start another."""
+    template = template_of(relay)
+    relay.process.send_signal(signal.SIGSTOP)
+    template.kill()
+    wait_until(lambda: not is_alive(template.pid), "the template has ended")
+    kill_supervisor(relay)
+
+
+def test_without_a_template_workers_are_taken_over_by_what_they_have_open(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    """Super-frames wait in the copy arena; the second time the supervisor that died had taken over in this way."""
+    relay = start_relay(line.hosts[1], ("left",), 2, *ROOM)
+    add_to_lasting(relay)
+    with relayed_whole(line, tmp_path, "--flows", "16", "--burst", "40"):
+        for _ in range(2):
+            wait_until(lambda: packets_relayed(relay) > 1000, "traffic flows")
+            wait_until(lambda: is_published(relay), "the next one could take over")
+            former = workers(relay)
+            kill_with_template(relay)
+            relay.start_again()
+            assert not any(is_alive(pid) for pid in former)
+            assert joined(line.hosts[1], "239.1.1.1")
+    assert relay.text().count("had no template left: their rings were taken from themselves") == 2
+    assert relay.text().count("2 workers replaced") == 2
+    assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    relay.assert_accounted()
+    relay.stop()
+
+
+def test_where_nothing_may_be_taken_from_workers_they_are_ended(line: Line, start_relay: StartRelay) -> None:
+    relay = start_relay(line.hosts[1], ("left",), 1)
     add_to_lasting(relay)
     former = workers(relay)
-    template = template_of(relay)
-    relay.process.send_signal(signal.SIGSTOP)  # so that it starts no other template
-    template.kill()
-    kill_supervisor(relay)
+    kill_with_template(relay)
+    relay.behind = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")  # as in a container
     relay.start_again()
+    relay.wait_for_log("can't be taken from it: Permission denied: that needs CAP_SYS_PTRACE")
     relay.wait_for_log("had no template left and were ended")
     assert not any(is_alive(pid) for pid in former)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
+    relay.stop()
+
+
+def test_a_template_that_still_loads_when_its_supervisor_dies_keeps_everything(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    """It was handed all that is kept when it was started; nothing is taken from workers."""
+    relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+    add_to_lasting(relay)
+    relay.add("unicast", "10.1.0.2:5001", OUT)
+    with relayed_whole(line, tmp_path):
+        wait_until(lambda: packets_relayed(relay) > 1000, "traffic flows")
+        former = template_of(relay)
+        former.kill()
+        wait_until(lambda: is_published_with_other_template(relay, former.pid), "the next template is known")
+        kill_supervisor(relay)
+        relay.start_again()
+    assert "1 workers replaced" in relay.text()
+    assert "no template left" not in relay.text()
+    assert "did not answer" not in relay.text()
+    relay.stop()
+
+
+def is_published_with_other_template(relay: Relay, former: int) -> bool:
+    return json.loads(relay.socket.with_suffix(".inventory").read_text())["template"]["pid"] not in (0, former)
+
+
+def test_rings_are_followed_when_their_last_worker_died_without_a_supervisor(
+    line: Line, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    gen, host, sink = line.hosts
+    relay = start_relay(host, ("left",), 1, *ROOM)
+    add_to_lasting(relay)
+    relay_some(line, tmp_path, FEW)
+    wait_until(lambda: is_published(relay), "the next one could take over")
+    (victim,) = workers(relay)
+    kill_supervisor(relay)
+    with receiver(sink, tmp_path, "--interface", "left") as received:
+        os.kill(victim, signal.SIGSTOP)  # so that no datagram is between ring and socket when it dies
+        send(gen, "--interface", "right", "--rate", "20000", "--count", str(FEW))
+        os.kill(victim, signal.SIGKILL)
+        relay.start_again()
+        assert_perfect(received.drain(FEW), FEW)
+    assert "0 workers replaced" in relay.text()
+    relay.stop()
+
+
+def test_a_restart_waits_until_workers_could_be_taken_over(line: Line, start_relay: StartRelay, tmp_path: Path) -> None:
+    """Asked for while the next template loads. No worker has a warning for it."""
+    relay = start_relay(line.hosts[1], ("left",), 1, *ROOM)
+    add_to_lasting(relay)
+    with relayed_whole(line, tmp_path):
+        wait_until(lambda: packets_relayed(relay) > 1000, "traffic flows")
+        template_of(relay).kill()
+        result = relay.control("restart")
+        assert (result.returncode, result.stderr) == (0, "")
+    assert "no template left" not in relay.text()
+    assert "[Notice] [DataPlane] The supervisor starts anew: relaying goes on" in relay.text()
+    assert "The supervisor is gone" not in relay.text()
     relay.stop()
 
 
@@ -247,7 +344,7 @@ def test_after_a_power_cut_rules_are_back(line: Line, start_relay: StartRelay, t
     relay.kill_family()
     relay.start_again()
     relay.wait_for_log("[Notice] [Supervisor] Removed 7 segments of a killed supervisor")
-    relay.wait_for_log(f"1 rules of {relay.socket.with_suffix('.state')} go on")
+    relay.wait_for_log(f"1 rule of {relay.socket.with_suffix('.state')} goes on")
     assert not any(is_alive(pid) for pid in former)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
     relay_some(line, tmp_path, 1000)

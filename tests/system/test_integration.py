@@ -49,7 +49,8 @@ def test_every_command_of_the_client(live: Relay) -> None:
         assert client.add_rules([rule("a"), rule("b", 6002)]).unchanged == ("a",)
         with pytest.raises(ControlError, match=r"rule a .*--replace"):
             client.add_rule(rule("a", 6003))
-        assert client.add_rule(rule("a", 6003), replace=True).unchanged == ()
+        added = client.add_rule(rule("a", 6003), replace=True)
+        assert (added.unchanged, added.replaced) == ((), ("a",))
         active = {item.rule_id: item for item in client.rules()}
         assert (active["a"].outputs, active["a"].state) == (rule("a", 6003).outputs, "active")
         stats = client.stats()

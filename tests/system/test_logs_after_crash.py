@@ -197,7 +197,7 @@ def test_a_reused_pid_does_not_keep_a_relay_from_starting(line: Line, instance: 
     for owner in ("process_start_ticks", "creator_start_ticks"):
         segment.set(owner, segment.get(owner) - 1)
     run_until_started(line, instance, tmp_path / "log")
-    assert "Removed 1 segments of a killed supervisor" in (tmp_path / "log").read_text()
+    assert "Removed 1 segment of a killed supervisor" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("role", ["supervisor", "dp_c9_stats"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.errors import ExitCode
 from tests.system.conftest import StartRelay
 from tests.system.harness import DEADLINE_S, Relay, assert_perfect, receiving, relayed_whole, send, wait_until
 from tools.netns import Host, Line
@@ -97,6 +98,26 @@ def test_a_unicast_input_causes_no_icmp_port_unreachable(line: Line, relay: Rela
             receive(sock)
 
 
+def test_what_is_routed_through_this_host_is_relayed_and_such_an_address_is_told_of(line: Line, relay: Relay) -> None:
+    gen, host, sink = line.hosts
+    gen.ip("route", "add", "10.9.9.9", "via", "10.1.0.2")
+    warned = relay.control("add-rule", "--rule-id", "r1", "--input-group", "10.9.9.9", "--input-port", "5001",
+                           "--output", OUT)  # fmt: skip
+    told = "warning: 10.9.9.9 is no address of this host: only what is routed through it comes to the relay"
+    assert (warned.returncode, warned.stderr.startswith(told)) == (0, True), warned.stderr
+    with sender(gen) as out, listener(sink, "239.2.2.2", 6001) as sock:
+        out.sendto(b"payload", ("10.9.9.9", 5001))
+        assert receive(sock)[0] == b"payload"
+    finding = "no address of this host: 10.9.9.9"
+    assert finding in relay.control("doctor", "--seconds", "0.1").stdout
+    host.ip("addr", "add", "10.9.9.9/32", "dev", "left")
+    wait_until(lambda: "0909090A:1389" in host.run(["cat", "/proc/net/udp"], capture_output=True).stdout, "it is held")
+    assert finding not in relay.control("doctor", "--seconds", "0.1").stdout
+    again = relay.control("add-rule", "--rule-id", "r2", "--input-group", "10.9.9.9", "--input-port", "5001",
+                          "--output", "239.2.2.3:6001:right")  # fmt: skip
+    assert (again.returncode, again.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("sent", "rule", "arrives"), [(9, "", 1), (9, ":7", 7), (9, ":decrement", 8), (2, ":decrement", 1)]
 )
@@ -155,18 +176,35 @@ def test_a_rule_with_a_source_takes_no_other(line: Line, relay: Relay) -> None:
         (["--input-group", "ff3e::1", "--output", OUT], "IPv6, which is not supported yet"),
         (["--input-group", "239.1.1", "--output", OUT], "is not an IPv4 address"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:0:right"], "output port 0: give a port from 1 to 65535"),
-        (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001:nowhere"], "no interface nowhere: this host has"),
-        (["--input-group", "239.1.1.1", "--output", "239.1.1.1:5001:left"], "equals its input on the same interface"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001"], "expected GROUP:PORT:INTERFACE[:TTL]"),
+        ([], "--input-group and --input-port are needed, or --file"),
         (["--input-group", "239.1.1.1"], "no output"),
         (["--input-group", "239.1.1.1", "--output", OUT, "--ttl", "3"], "with --output, write G:P:I:TTL"),
         (["--input-group", "239.1.1.1", "--output-group", "239.2.2.2"], "--output-port, --output-interface missing"),
         (["--input-group", "239.1.1.1", "--output", "239.2.2.2:6001:right:300"], "ttl '300'"),
     ],
 )
-def test_wrong_rules_are_refused_with_the_reason(refusing: Relay, arguments: list[str], message: str) -> None:
+def test_a_command_line_that_is_no_rule_is_refused_with_the_reason(
+    refusing: Relay, arguments: list[str], message: str
+) -> None:
     result = refusing.control("add-rule", "--input-port", "5001", *arguments)
-    assert result.returncode == 1
+    assert result.returncode == ExitCode.USAGE
+    assert message in result.stderr
+    assert refusing.ask("list-rules") == []
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("239.2.2.2:6001:nowhere", "no interface nowhere: this host has"),
+        ("239.1.1.1:5001:left", "equals its input on the same interface"),
+    ],
+)
+def test_a_rule_that_this_relay_can_not_have_is_refused_with_the_reason(
+    refusing: Relay, output: str, message: str
+) -> None:
+    result = refusing.control("add-rule", "--input-group", "239.1.1.1", "--input-port", "5001", "--output", output)
+    assert result.returncode == ExitCode.FAILURE
     assert message in result.stderr
     assert refusing.ask("list-rules") == []
 
@@ -183,12 +221,13 @@ def test_a_cycle_through_several_rules_is_refused(relay: Relay) -> None:
 def test_adding_a_rule_again_changes_nothing_and_other_content_needs_replace(relay: Relay) -> None:
     rule = ("add-rule", "--input-group", "239.1.1.1", "--input-port", "5001", "--output", OUT)
     (rule_id,) = relay.ask(*rule)["rule_ids"]
-    assert relay.ask(*rule) == {"rule_ids": [rule_id], "unchanged": [rule_id]}
+    assert relay.ask(*rule) == {"rule_ids": [rule_id], "unchanged": [rule_id], "replaced": []}
     other = (*rule[:-1], "239.2.2.3:6001:right", "--rule-id", rule_id)
     refused = relay.control(*other)
     assert refused.returncode == 1
     assert "use --replace" in refused.stderr
-    relay.ask(*other, "--replace")
+    assert relay.control(*other, "--replace").stdout == f"rule {rule_id} replaced\n"
+    assert relay.control(*other, "--replace").stdout == f"rule {rule_id} unchanged\n"
     assert relay.ask("list-rules")[0]["outputs"][0]["group"] == "239.2.2.3"
 
 

@@ -87,7 +87,7 @@ def test_a_manager_is_told_everything_from_start_to_end(manager: Manager, start_
     with Host("service") as host, manager.reading():
         relay = start_relay(host, ("lo",))
         ready = manager.wait_for("READY")
-        assert ready == {"READY": "1", "STATUS": "0 rules, 1 workers, 0 packets/s, 0 bit/s"}
+        assert ready == {"READY": "1", "STATUS": "0 rules, 1 worker, 0 packets/s, 0 bit/s"}
         manager.wait_for_beats(3)
         relay.add("tv", "239.1.1.1:5001", "239.2.2.2:6001:lo")
         relay.process.send_signal(signal.SIGHUP)
@@ -96,7 +96,7 @@ def test_a_manager_is_told_everything_from_start_to_end(manager: Manager, start_
         (former, worker), count = asyncio.run(restart(relay.socket))
         assert (count, worker.state, worker.pid != former.pid) == (1, "running", True)
         started_anew = manager.wait_for("READY", "RELOADING", "READY", "RELOADING", "READY")
-        assert started_anew["STATUS"].startswith("1 rules, 1 workers, ")
+        assert started_anew["STATUS"].startswith("1 rule, 1 worker, ")
         manager.wait_for_beats(3)
         relay.wait_for_log("Took over from supervisor")
         relay.stop()

@@ -43,13 +43,15 @@ class Faults:
         return None
 
     def _kill(self, module: str) -> None:
-        former = self._child(module)
-        assert former is not None
+        former = wait_until(lambda: self._child(module), f"{module} runs")  # none does while a supervisor starts
         former.kill()
         wait_until(lambda: (child := self._child(module)) is not None and child.pid != former.pid, f"another {module}")
 
     def _pid(self) -> int:
         return int(self.relay.ask("list-workers")[0]["pid"])
+
+    def _worker(self) -> int:
+        return int(wait_until(self._pid, "a worker runs"))
 
     def _wait_for_another(self, former: int) -> None:
         def is_another() -> bool:
@@ -60,7 +62,7 @@ class Faults:
 
     def kill_worker(self) -> None:
         """As by the kernel's OOM killer."""
-        pid = self._pid()
+        pid = self._worker()
         self.workers_killed += 1
         os.kill(pid, signal.SIGKILL)
         self._wait_for_another(pid)
@@ -76,7 +78,7 @@ class Faults:
 
     def kill_supervisor(self) -> None:
         """The next one takes over."""
-        former = self._pid()
+        former = self._worker()
         relay = self.relay
         relay.process.kill()
         relay.process.wait()

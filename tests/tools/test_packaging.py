@@ -138,12 +138,13 @@ def test_exit_codes_are_documented_as_they_are() -> None:
     ("command", "code"),
     [
         (["mcrctl", "--version"], ExitCode.OK),
-        (["mcrctl", "add-rule", "--input-group", "1.2.3.4"], ExitCode.FAILURE),
-        (["mcrd", "--check"], ExitCode.FAILURE),
+        (["mcrctl", "add-rule", "--input-group", "1.2.3.4"], ExitCode.USAGE),
+        (["mcrd", "--check"], ExitCode.USAGE),
+        (["mcrd", "--check", "--interface", "nowhere"], ExitCode.FAILURE),
         (["mcrctl", "nothing"], ExitCode.USAGE),
         (["mcrctl", "--socket", "/nowhere/control.sock", "ping"], ExitCode.UNREACHABLE),
         (["mcrctl", "--socket", "/nowhere/control.sock", "metrics", "--once"], ExitCode.UNREACHABLE),
-        (["mcrctl", "metrics", "--listen", "9464"], ExitCode.FAILURE),
+        (["mcrctl", "metrics", "--listen", "9464"], ExitCode.USAGE),
     ],
 )
 def test_exit_codes(command: list[str], code: ExitCode) -> None:

@@ -150,6 +150,15 @@ def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(("expect", "exit_code", "said"), [([], 1, "nothing came\nnot ok\n"), (["0"], 0, "\nok\n")])
+def test_a_receiver_to_which_nothing_came_is_not_satisfied(expect: list[str], exit_code: int, said: str) -> None:
+    options = ["--duration", "0.2", *(["--expect", *expect] if expect else [])]
+    with Host("silent") as host:
+        command = [sys.executable, "tools/recv_mcast.py", "--quiet", *options]
+        result = host.run(command, capture_output=True, cwd=CHECKOUT)
+    assert (result.returncode, result.stdout.endswith(said)) == (exit_code, True), result.stdout + result.stderr
+
+
 def test_a_recording_holds_the_payloads(tmp_path: Path) -> None:
     record = tmp_path / "record"
     payloads = datagrams(10)

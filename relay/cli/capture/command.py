@@ -8,6 +8,7 @@ import click
 
 from relay import api
 from relay.cli.capture.sides import SIDES, find, sides_of
+from relay.cli.options import tell_silence
 from relay.client import Client
 from relay.errors import ControlError, RuleError
 
@@ -42,7 +43,7 @@ def capture(
     is_stdout = str(output) == "-"
     if is_stdout and sys.stdout.isatty():
         raise ControlError("packets are no text for a terminal: give a file with -o, or pipe them to `tshark -r -`")
-    with Client(socket) as client:
+    with Client(socket, on_silence=tell_silence) as client:
         rule = find(client.ask(api.ListRules()).result, rule_id)
         cores = {worker["core"] for worker in client.ask(api.ListWorkers()).result}
     if rule["state"] != "active":

@@ -76,8 +76,14 @@ MEANINGS = {
     DropCause.RING_FULL: Meaning(
         "warning",
         "problem",
-        "the packet ring was full: the workers were too slow, or kept from their cores",
+        "frames found the packet ring full: the workers were too slow, or kept from their cores",
         "mcrd --ring-mib 64, --num-workers N, or cores of their own: docs/performance.md",
+    ),
+    DropCause.RATE_LIMIT: Meaning(
+        "warning",
+        "warning",
+        "they were over the limit of their rule, max_pps or max_bps",
+        "mcrctl streams tells who sends them; mcrctl add-rule --replace with a higher limit, if they are wanted",
     ),
 }
 ERRNO_REMEDIES = {

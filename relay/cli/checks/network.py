@@ -9,8 +9,10 @@ from relay.cli.host import IFF_LOOPBACK, IFF_MULTICAST, IFF_UP
 from relay.rules import is_multicast
 from relay.supervisor.egress import IP_UDP_HEADER_BYTES
 from relay.supervisor.membership import IGMP_MAX_MEMBERSHIPS, Listen
+from relay.wording import counted
 
 LOOPBACK = "lo"
+LOOPBACK_NETWORK = "127."
 RP_FILTER_STRICT = 1  # Documentation/networking/ip-sysctl.rst
 QUERY_INTERVAL_S = 125  # RFC 3376, 8.2
 SHOWN_MAX = 5
@@ -105,7 +107,7 @@ def memberships(situation: Situation) -> Iterator[Found]:
         severity: Severity = "warning" if most < IGMP_MAX_MEMBERSHIPS else "note"
         yield Found(severity, text, read, remedy)
     else:
-        yield Found("ok", f"igmp_max_memberships is {most}, {joins} groups are wanted", read)
+        yield Found("ok", f"igmp_max_memberships is {most}, {counted(joins, 'group')} wanted", read)
 
 
 @check(why="what is not joined is delivered neither by a switch that snoops nor by the NIC's filter")
@@ -126,7 +128,21 @@ def joined(situation: Situation) -> Iterator[Found]:
         remedy = "`mcrlog tail --facility Supervisor` says why; then remove the rule and add it again"
         yield Found("problem", f"not joined: {shown(missing)}", "/proc/net/igmp", remedy)
     else:
-        yield Found("ok", f"{len(wanted)} groups are joined", "/proc/net/igmp")
+        yield Found("ok", f"{counted(len(wanted), 'group')} joined", "/proc/net/igmp")
+
+
+@check(why="what is sent to an address that no host has, or another, comes here only where this host is its router")
+def unicast_inputs(situation: Situation) -> Iterator[Found]:
+    """Whether the unicast addresses that rules take in are this host's: some interface has it, or a socket is bound."""
+    own = {address for interface in situation.interfaces.values() for address in interface.addresses}
+    own |= {udp.local[0] for udp in host.udp_sockets(situation.files.text("proc/net/udp") or "")}
+    wanted = sorted({listen.address for listen in situation.plan.listens if not is_multicast(listen.address)})
+    foreign = [address for address in wanted if address not in own and not address.startswith(LOOPBACK_NETWORK)]
+    if foreign:
+        text = f"no address of this host: {shown(foreign)}: rules take in what is routed through this host alone"
+        yield Found("warning", text, "ip addr", "ip addr add ADDRESS/PREFIX dev INTERFACE, or give the rule another")
+    elif wanted:
+        yield Found("ok", f"{counted(len(wanted), 'unicast input')} of this host's own", "ip addr")
 
 
 @check(why="without a querier a switch that snoops forgets its members after some 260 s, and stops delivering")

@@ -7,6 +7,7 @@ from relay.cli.checks.network import SHOWN_MAX, shown
 from relay.cli.checks.registry import Found, check
 from relay.cli.checks.situation import Situation
 from relay.protection import LEG_NAMES
+from relay.wording import counted
 
 RING_FILL_PERCENT_MAX = 80
 YOUNGER_S = 5.0  # than the relay: a worker that has been replaced
@@ -24,7 +25,7 @@ def relay(situation: Situation) -> Iterator[Found]:
             yield Found("note", told, "mcrctl ping", "sudo mcrd --interface INTERFACE")
         return
     number, name = len(situation.relay.rules), f"mcrd {situation.relay.version}"
-    yield Found("ok", f"{name} answers, with {number} rules", "mcrctl ping")
+    yield Found("ok", f"{name} answers, with {counted(number, 'rule')}", "mcrctl ping")
     if not situation.relay.has_private_view:
         text = "its process and its log rings may not be looked at: some checks are left out"
         yield Found("note", text, "/proc/PID/maps", "sudo mcrctl doctor")
@@ -46,7 +47,7 @@ def rules(situation: Situation) -> Iterator[Found]:
         which = "rule" if len(rule_ids) == 1 else "rules"
         yield Found("problem", f"{which} {shown(rule_ids)} {state}", "mcrctl list-rules", remedy)
     if not waiting and situation.relay.states:
-        yield Found("ok", f"{len(situation.relay.states)} rules are active", "mcrctl list-rules")
+        yield Found("ok", f"{counted(len(situation.relay.states), 'rule')} active", "mcrctl list-rules")
 
 
 @check(why="a rule with one leg silent is relayed, and unprotected: the next fault is a loss")
@@ -130,4 +131,4 @@ def log(situation: Situation) -> Iterator[Found]:
             remedy = "mcrctl log-level set info, or fewer and faster --log-to"
             yield Found("warning", text, f"mcrlog stat {segment}", remedy)
     if not any(lost.values()):
-        yield Found("ok", f"no log record was lost in {len(lost)} rings", "mcrlog stat")
+        yield Found("ok", f"no log record was lost in {counted(len(lost), 'ring')}", "mcrlog stat")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from relay.cli.explaining.facts import Facts, Step
 from relay.protection import LEG_NAMES
-from relay.rules import Rule, is_multicast, legs, output_name
+from relay.rules import Rule, is_multicast, legs, limits_of, output_name
 from relay.supervisor.egress import TTL_MULTICAST_DEFAULT
 from relay.supervisor.plan import PlannedOutput, PlannedRule
 
@@ -16,6 +16,8 @@ def followed(facts: Facts, planned: PlannedRule, ttl: int | None, leg: int = 0) 
     yield Step("rule", "pass", f"rule {rule.rule_id} takes {taken.group}:{taken.port}{source}")
     if rule.protection is not None:
         yield _protection(facts, rule, leg)
+    if limits_of(rule):
+        yield Step("limit", "pass", f"rule {rule.rule_id} lets {limits_of(rule)} pass, more is dropped as rate_limit")
     for output in planned.outputs:
         yield _output(facts, rule, output, ttl)
     yield _counters(facts, rule)
@@ -39,7 +41,7 @@ def _counters(facts: Facts, rule: Rule) -> Step:
     stats = facts.rule_stats.get(rule.rule_id)
     if stats is None:
         return Step("counters", "note", f"rule {rule.rule_id} has none yet")
-    causes: dict[str, int] = {}
+    causes: dict[str, int] = dict(stats.get("drops", {}))
     for output in stats["outputs"]:
         for cause, count in output["drops"].items():
             causes[cause] = causes.get(cause, 0) + count

@@ -15,6 +15,7 @@ from rich.text import Text
 from relay.cli.top.columns import ADDRESSES_RANK, BARS_RANK, COLUMNS, Column, duration, plain, short
 from relay.cli.top.view import NAME_KEY, View
 from relay.cli.top.watch import Frame, WorkerRow
+from relay.wording import counted
 
 NAME_CHARS_MIN, NAME_CHARS_MAX = 8, 40
 INPUT_CHARS = 21  # 255.255.255.255:65535
@@ -40,7 +41,7 @@ HELP = """\
  p                hold the picture; counting goes on          q  quit
 
  in/s, out/s      datagrams that matched, and that left through all outputs
- bit/s            payload that left          drops  lost by the rule's outputs
+ bit/s            payload that left          drops  lost by its outputs or limit
  loss, jitter     before the relay: RTP lost and MPEG-TS continuity errors in
                   the last minute; the worst RTP source     lat  in the relay
  last minute      in/s, each rule by its own greatest
@@ -122,7 +123,7 @@ def header(frame: Frame, view: View, screen: Screen) -> list[Text]:
     sums = [sum(values) for values in zip(*((w.received, w.sent, w.sent_bits) for w in frame.workers), strict=True)]
     waiting = frame.rules.waiting()
     title = f"mcr {frame.instance}" if frame.instance else "mcr"
-    count = f"  {len(frame.rules.ids)} rules" + (f", {waiting} waiting" if waiting else "")
+    count = f"  {counted(len(frame.rules.ids), 'rule')}" + (f", {waiting} waiting" if waiting else "")
     count += ", changing" if frame.are_rules_old else ""
     traffic = f"  {rates_of(*(sums or (0, 0, 0)))}"
     clock = f"{frame.wall:%H:%M:%S}"
@@ -167,8 +168,8 @@ def workers(frame: Frame, room: int, width: int) -> list[Text]:
         shown = sorted(shown, key=lambda w: (not w.state, -w.received))[: room - 1]
     more = len(frame.workers) - len(shown)
     wide = width >= 100
-    title = f"{'core':>4} {'pid':>7}  {'CPU':>5}  {'in/s':>6}  {'out/s':>6}  {'bit/s':>6}  {'ring':>5}  {'drops':>6}"
-    title += f"  {'lat p50':>7} {'p99':>6}"
+    title = f"{'core':>4} {'pid':>7}  {'CPU':>5}  {'in/s':>6}  {'out/s':>6}  {'bit/s':>6}  {'ring':>5} {'max':>3}"
+    title += f"  {'drops':>6}  {'lat p50':>7} {'p99':>6}"
     title += f" {more} more" if more else ("  dropped by cause" if wide else "")
     return [_title(title, width), *(_worker(worker, width) for worker in shown)]
 
@@ -179,7 +180,7 @@ def _title(text: str, width: int) -> Text:
 
 def _worker(worker: WorkerRow, width: int) -> Text:
     cpu = "" if worker.cpu_percent is None else f"{worker.cpu_percent:.0f} %"
-    full = worker.ring_fill_percent_max
+    now, full = worker.ring_fill_percent, worker.ring_fill_percent_max
     total = sum(worker.drops.values())
     p50, p99 = map(duration, worker.latency_ns) if worker.latency_ns else ("", "")
     causes = ", ".join(f"{cause} {plain(n)}" for cause, n in worker.drops.items() if n)
@@ -187,7 +188,8 @@ def _worker(worker: WorkerRow, width: int) -> Text:
         f"{worker.core:>4} {worker.pid:>7}  ",
         (f"{cpu:>5}", "yellow" if (worker.cpu_percent or 0) > 90 else ""),
         f"  {short(worker.received):>6}  {short(worker.sent):>6}  {short(worker.sent_bits):>6}  ",
-        (f"{f'≥{full} %' if full else '<50 %':>5}", "red" if full >= 95 else "yellow" if full else ""),
+        (f"{f'{now} %':>5} ", "red" if now >= 95 else "yellow" if now >= 50 else ""),
+        (f"{f'≥{full}' if full else '<50':>3}", "red" if full >= 95 else "yellow" if full else ""),
         "  ",
         (f"{plain(total):>6}", "bold red" if worker.drop_rate else "yellow" if total else "dim"),
         (f"  {worker.state}", "bold red") if worker.state else f"  {p50:>7} {p99:>6}",

@@ -43,7 +43,7 @@ class Counts(NamedTuple):
     received_bytes: Any  # of payload
     sent: Any  # datagrams that left, through all outputs
     sent_bytes: Any
-    drops: Any  # datagrams that an output lost
+    drops: Any  # datagrams that an output lost, or that were over the rule's limit
     last_ns: Any  # CLOCK_MONOTONIC of the last datagram, 0 for none
 
 
@@ -63,6 +63,7 @@ def count(segments: Sequence[tuple[Any, Any]], places: Places) -> Counts:
         total.received_bytes[:] += _sane(of_rules["bytes"])
         total.sent[:] += np.add.reduceat(_sane(of_outputs["packets"]), places.first_outputs)
         total.sent_bytes[:] += np.add.reduceat(_sane(of_outputs["bytes"]), places.first_outputs)
+        total.drops[:] += _sane(of_rules["drops_rate_limit"])
         for cause in ("drops_ttl", "drops_full", "drops_error"):
             total.drops[:] += np.add.reduceat(_sane(of_outputs[cause]), places.first_outputs)
         np.maximum(total.last_ns, of_rules["last_ns"], out=total.last_ns)

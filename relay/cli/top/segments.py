@@ -48,6 +48,7 @@ class WorkerCounts:
     received: int
     sent: int
     sent_bytes: int
+    ring_fill_percent: int  # of its fullest ring, within the last 0.1 s
     ring_fill_percent_max: int  # the highest level of 50, 80, 95 that was passed, 0 for none
     drops: dict[str, int]  # by cause
     latencies: Any  # i8[LATENCY_BUCKETS], datagrams by bucket
@@ -68,6 +69,7 @@ def _read_worker(core: int, segment: StatsSegment) -> WorkerCounts:
         received=number(header["packets_in"]),
         sent=number(header["packets_relayed"]),
         sent_bytes=number(header["bytes_relayed"]),
+        ring_fill_percent=min(number(header["ring_fill_percent"].max()), 100),
         ring_fill_percent_max=min(number(header["ring_fill_max"].max()), 100),
         drops=drops,
         latencies=np.clip(segment.health["latency"], 0, EXACT_MAX),

@@ -36,6 +36,7 @@ class WorkerRow:
     received: float  # datagrams/s
     sent: float
     sent_bits: float
+    ring_fill_percent: int
     ring_fill_percent_max: int
     drops: dict[str, int]
     drop_rate: float
@@ -210,6 +211,7 @@ class Watch:
             received=_rate(worker.received, older.received, elapsed_s),
             sent=_rate(worker.sent, older.sent, elapsed_s),
             sent_bits=8 * _rate(worker.sent_bytes, older.sent_bytes, elapsed_s),
+            ring_fill_percent=worker.ring_fill_percent,
             ring_fill_percent_max=worker.ring_fill_percent_max,
             drops=worker.drops,
             drop_rate=sum(_rate(n, older.drops[cause], elapsed_s) for cause, n in worker.drops.items()),

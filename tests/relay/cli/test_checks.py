@@ -2,6 +2,7 @@
 well is said to be well, and nothing is invented.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ UP, DOWN, NO_MULTICAST = "0x1003", "0x1002", "0x3"
 LEFT_UP, RIGHT_UP = {f"{NET}/left/flags": UP}, {f"{NET}/right/flags": UP}
 SMALL = {**INTERFACES, "right": Interface("right", 3, True, True, 1000, ("10.2.0.1",))}
 MANY = tuple(rule(number) for number in range(1, 13))
+OUTPUTS = rule().outputs
+UNICAST = tuple(Rule(rule_id=a, input_group=a, input_port=5001, outputs=OUTPUTS) for a in ("10.1.0.2", "10.9.9.9"))
+BOUND = f"head\n 1: {int.from_bytes(bytes((10, 9, 9, 9)), sys.byteorder):08X}:1389 00000000:0000 7 0 0 0 0 0 99"
 IRQ = {f"{NET}/left/device/msi_irqs/30": "msi", "proc/interrupts": "  CPU0 CPU1\n 30: 5 0 PCI left-rx-0"}
 
 # check: what is not well - files, facts, severity and text - and what is
@@ -162,7 +166,7 @@ CASES: dict[str, list[Case]] = {
     "memberships": [
         ({f"{IPV4}/igmp_max_memberships": "0"}, {}, "problem", "no group can be joined"),
         ({f"{IPV4}/igmp_max_memberships": "5"}, {"relay": running(MANY)}, "warning", "12 joins take 3 sockets"),
-        ({f"{IPV4}/igmp_max_memberships": "20"}, {"relay": running(MANY)}, "ok", "12 groups are wanted"),
+        ({f"{IPV4}/igmp_max_memberships": "20"}, {"relay": running(MANY)}, "ok", "12 groups wanted"),
     ],
     "joined": [
         (
@@ -171,7 +175,17 @@ CASES: dict[str, list[Case]] = {
             "problem",
             "not joined: 239.1.1.1 on left",
         ),
-        ({"proc/net/igmp": IGMP.format(querier="V3", group="010101EF")}, {"relay": running()}, "ok", "1 groups"),
+        (
+            {"proc/net/igmp": IGMP.format(querier="V3", group="010101EF")},
+            {"relay": running()},
+            "ok",
+            "1 group joined",
+        ),
+    ],
+    "unicast-inputs": [
+        ({}, {"relay": running(UNICAST)}, "warning", "no address of this host: 10.9.9.9"),
+        ({}, {"relay": running(UNICAST[:1])}, "ok", "1 unicast input of this host's own"),
+        ({"proc/net/udp": BOUND}, {"relay": running(UNICAST)}, "ok", "2 unicast inputs of this host's own"),
     ],
     "querier": [
         ({}, {"probes": Probes(queriers={})}, "note", "1 s are too short to tell"),
@@ -271,11 +285,11 @@ CASES: dict[str, list[Case]] = {
     "relay": [
         ({}, {}, "note", "no relay answers: host checks only"),
         ({}, {"relay": running(is_private=False)}, "note", "may not be looked at"),
-        ({}, {"relay": running()}, "ok", "mcrd 0.1.0 answers, with 1 rules"),
+        ({}, {"relay": running()}, "ok", "mcrd 0.1.0 answers, with 1 rule"),
     ],
     "rules": [
         ({}, {"relay": running(state="waiting: interface left is down")}, "problem", "rule r1 waiting: interface left"),
-        ({}, {"relay": running()}, "ok", "1 rules are active"),
+        ({}, {"relay": running()}, "ok", "1 rule active"),
     ],
     "protection": [
         ({}, {"relay": protected(delivers=(True, False))}, "warning", "nothing comes by the secondary leg of tv (b)"),
@@ -290,7 +304,7 @@ CASES: dict[str, list[Case]] = {
         ({"proc/7/stat": "7 (mcr) S 1 7"}, {"relay": running()}, "ok", "the worker of core 1 runs"),
     ],
     "drops": [
-        ({}, {"relay": running(drops={"ring_full": 5})}, "warning", "ring_full 5: the packet ring was full"),
+        ({}, {"relay": running(drops={"ring_full": 5})}, "warning", "ring_full 5: frames found the packet ring full"),
         (
             {},
             {"relay": running(drops={"ring_full": 5}), "relay_earlier": running(drops={"ring_full": 2})},

@@ -28,6 +28,7 @@ def test_names_tell_their_instance() -> None:
 def test_counters_of_workers_and_rules_are_read(segment: StatsSegment) -> None:
     header = segment.header
     header["pid"], header["packets_in"], header["ring_full"], header["ring_fill_max"][2] = 42, 100, 5, 80
+    header["ring_fill_percent"][:2] = 12, 34
     header["drops"][DropCause.NO_MATCH] = 7
     segment.rules[9]["packets"], segment.outputs[11]["packets"] = 60, 120
     with StatsSegment.create(3, f"{INSTANCE}x", -1, -1):  # another relay's is none of ours
@@ -35,6 +36,7 @@ def test_counters_of_workers_and_rules_are_read(segment: StatsSegment) -> None:
         segments.refresh()
         (worker,) = segments.workers()
     assert (worker.core, worker.pid, worker.received, worker.ring_fill_percent_max) == (3, 42, 100, 80)
+    assert worker.ring_fill_percent == 34
     assert {cause: n for cause, n in worker.drops.items() if n} == {"no_match": 7, "ring_full": 5}
     counts = segments.rules(Places.of([(9, [11])]))
     assert (counts.received[0], counts.sent[0]) == (60, 120)

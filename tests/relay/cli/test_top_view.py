@@ -50,7 +50,8 @@ def frame(ids: list[str] | None = None, workers: int = 1, log: tuple[str, ...] =
         past=Past(np.array([900.0, 1000.0]), (np.zeros(len(ids)), floats)),
         workers=tuple(
             WorkerRow(
-                core, 10 + core, "", 99.9, 1e6, 1e6, 1e10, 95, {"no_match": 12_345_678, "ttl": 3}, 1.0, (9_700, 418_000)
+                *(core, 10 + core, "", 99.9, 1e6, 1e6, 1e10, 7, 95),
+                *({"no_match": 12_345_678, "ttl": 3}, 1.0, (9_700, 418_000)),
             )
             for core in range(workers)
         ),

@@ -60,7 +60,17 @@ class Merger:
             port = receiver.getsockname()[1]
             outputs.append((TableOutput(slot, LOOPBACK, port, 0, LO_MTU_PAYLOAD, False, False),))
         rules = [
-            TableRule(0, "both", 100 + leg, 1, 0, (0,), False, outputs[0], TableProtection(RECORD, leg, mode, STALL_NS))
+            TableRule(
+                0,
+                "both",
+                100 + leg,
+                1,
+                0,
+                (0,),
+                False,
+                outputs[0],
+                protection=TableProtection(RECORD, leg, mode, STALL_NS),
+            )
             for leg in (PRIMARY, SECONDARY)
         ]
         if is_shared:
@@ -326,7 +336,7 @@ def test_what_is_no_rtp_passes_from_the_primary_alone(merger: Merger) -> None:
 
 def test_two_protected_rules_do_not_share_an_input() -> None:
     rules = [
-        TableRule(slot, f"r{slot}", 100, 1, 0, (0,), False, (), TableProtection(slot, 0, layout.SEAMLESS))
+        TableRule(slot, f"r{slot}", 100, 1, 0, (0,), False, (), protection=TableProtection(slot, 0, layout.SEAMLESS))
         for slot in (0, 1)
     ]
     with pytest.raises(RuleError, match="rules r0 and r1 both protect"):

@@ -1,6 +1,7 @@
 """Where a new worker goes on in a ring whose reader died, whatever that one was doing."""
 
 import ctypes
+import math
 import socket
 import struct
 from typing import Any
@@ -18,8 +19,10 @@ from relay.dataplane.layout import (
     TP_STATUS_USER,
     VIRTIO_NET_HDR,
 )
+from relay.dataplane.loop import publish_fill, watch_fills
 from relay.dataplane.memory import SQ_ENTRIES, Memory, address_of
 from relay.dataplane.ring import fetch_copies, find_cursor, needs_fetch, read_frame, release, resume_copies
+from tests.relay.dataplane.bare import bare_memory
 
 FRAME_BYTES = 64
 
@@ -52,6 +55,24 @@ def test_in_a_full_or_empty_ring_the_last_sent_frame_tells(frames: int, data: st
         ring = make_ring(frames, 0, filled)
         assert find_cursor(address_of(ring), frames, FRAME_BYTES, sent) == sent
         assert (ring == make_ring(frames, 0, filled)).all()
+
+
+@given(st.integers(1, 300), st.data())
+def test_how_full_a_ring_is_is_found_wherever_it_begins(frames: int, data: st.DataObject) -> None:
+    filled, first = data.draw(st.integers(0, frames)), data.draw(st.integers(0, frames - 1))
+    slots = make_ring(frames, first, filled)
+    state = bare_memory()
+    ring, told = state["rings"][3], state["stats"][0]["ring_fill_percent"]
+    ring["base"], ring["frames"], ring["frame_bytes"], ring["cursor"] = address_of(slots), frames, FRAME_BYTES, first
+    ring["active"] = 1
+    watch_fills(state.worker)
+    assert (ring["fill_due"], told[3]) == (1, 0), "the next pass measures, before it gives slots back"
+    watch_fills(state.worker)  # there was none in all that time
+    assert told.tolist() == [0, 0, 0, math.ceil(100 * filled / frames), *[0] * (layout.RINGS_MAX - 4)]
+    ring["fill_due"] = told[3] = 0
+    ring["taken"] = filled
+    publish_fill(state.worker, ring, 3)
+    assert told[3] == math.ceil(100 * filled / frames)
 
 
 # --- frames that do not fit their slots ---------------------------------------------------------------

@@ -63,6 +63,7 @@ WORKER = WorkerStats(
     stats_segment="mcr_dp_c2_stats",
     restarts=4,
     latency=LATENCY,
+    ring_fill_percent={"eth0": 0, "eth1": 7},
 )
 OF_STREAMS: dict[str, Any] = {
     "streams": [stream("10.0.0.1:1", jitter_us=40.0), stream("10.0.0.2:1", jitter_us=900.0)],
@@ -72,7 +73,7 @@ OF_STREAMS: dict[str, Any] = {
 STATS = Stats(
     *(1, 12.5, 9, 90, 8, 7, 70, 0.0, 0.0, {}),
     [
-        rule("tv", output("239.2.2.2:6001:lo"), **OF_STREAMS),
+        rule("tv", output("239.2.2.2:6001:lo"), drops={"rate_limit": 6}, **OF_STREAMS),
         rule("radio", state="waiting: no interface", last_s=None),
         rule("both", protection=ProtectionHealth("seamless", None, 0, 14, 0, [leg(missing=3), leg(delivers=False)])),
         rule("either", protection=ProtectionHealth("failover", "secondary", 1, 5, 0, [leg(), leg()])),
@@ -111,9 +112,11 @@ def test_numbers_are_those_of_the_statistics() -> None:
     assert value("mcr_worker_relayed_bytes_total", core="2") == 70
     assert value("mcr_worker_restarts_total", core="2") == 4
     assert value("mcr_worker_ring_fill_max_ratio", core="2") == 0.8
+    assert value("mcr_worker_ring_fill_ratio", core="2", interface="eth1") == 0.07
     assert value("mcr_worker_drops_total", core="2", cause="ring_full") == 5
     assert value("mcr_rule_packets_total", rule="tv") == 3
     assert value("mcr_rule_last_packet_timestamp_seconds", rule="tv") == 1000.5
+    assert value("mcr_rule_drops_total", rule="tv", cause="rate_limit") == 6
     assert value("mcr_output_bytes_total", rule="tv", output="239.2.2.2:6001:lo") == 10
     assert value("mcr_output_drops_total", rule="tv", output="239.2.2.2:6001:lo", cause="egress_full") == 2
 
@@ -146,7 +149,7 @@ def test_every_metric_has_a_meaning_and_only_these_labels() -> None:
     """No address of a sender is a label: anybody can send, and each would be a series."""
     for family in FAMILIES:
         assert family.help.endswith(".")
-        assert set(family.labels) <= {"core", "cause", "errno", "rule", "leg", "output", "state"}
+        assert set(family.labels) <= {"core", "cause", "errno", "interface", "rule", "leg", "output", "state"}
     names = [name for family in FAMILIES for name in family.exposed()]
     assert len(names) == len(set(names))
 

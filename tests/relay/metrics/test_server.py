@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.errors import ConfigError
+from relay.errors import ConfigError, UsageError
 from relay.metrics import server as server_module
 from relay.metrics.collector import RelayCollector
 from relay.metrics.server import Address, parse_listen, serving
@@ -54,9 +54,9 @@ def test_addresses(text: str, address: Address) -> None:
 
 @pytest.mark.parametrize("text", ["9464", ":9464", "localhost:1", "127.0.0.1:", "127.0.0.1:65536", "1.2.3.4:²", "::1"])
 def test_an_address_that_is_none_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"such as 127\.0\.0\.1:9464"):
+    with pytest.raises(UsageError, match=r"such as 127\.0\.0\.1:9464"):
         parse_listen(text)
-    with pytest.raises(ConfigError, match="absolute path"):
+    with pytest.raises(UsageError, match="absolute path"):
         parse_listen("unix:metrics.sock")
 
 

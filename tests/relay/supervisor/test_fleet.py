@@ -12,7 +12,7 @@ import pytest
 from logging_shm import LevelPolicy
 from relay.dataplane.table import map_table
 from relay.descriptors import Channel, channel_pair
-from relay.messages import AddRing, FromWorker, SetSockets, SetTable, ToWorker
+from relay.messages import AddRing, FromWorker, SetGuardCells, SetSockets, SetTable, ToWorker
 from relay.rules import Output, Rule
 from relay.supervisor.fleet import WAITING_MAX, Fleet, Worker
 from relay.supervisor.ingress import FRAME_BYTES, Fanout, count_filled, take_ring_drops
@@ -75,7 +75,7 @@ def test_a_new_worker_has_its_table_before_the_rings_that_filled_meanwhile(fleet
     worker.channel, end = channel_pair(FromWorker)
     end.setblocking(False)
     fleet.worker_started(worker)
-    assert received(Channel(end, ToWorker)) == [SetSockets, SetTable, AddRing]
+    assert received(Channel(end, ToWorker)) == [SetSockets, SetGuardCells, SetTable, AddRing]
     worker.channel.close()
     end.close()
     worker.channel = None
