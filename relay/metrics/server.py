@@ -20,6 +20,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.registry import Collector
 
+from relay.addresses import endpoint
 from relay.errors import ConfigError, UsageError
 
 CONNECTIONS_MAX = 8
@@ -163,7 +164,7 @@ def serving(address: Address, collector: Collector) -> Iterator[tuple[str, Calla
         try:
             server = stack.enter_context(_listening(address))
         except OSError as error:
-            shown = f"{UNIX}{address}" if isinstance(address, Path) else ":".join(map(str, address))
+            shown = f"{UNIX}{address}" if isinstance(address, Path) else endpoint(*address)
             reason = error.strerror or error
             raise ConfigError(f"--listen {shown}: {reason}: give a free address of this host") from error
         server.set_app(make_wsgi_app(registry))
@@ -174,4 +175,4 @@ def _name(server: _Server, address: Address) -> str:
     if isinstance(address, Path):
         return f"{UNIX}{address}"
     host, port = server.socket.getsockname()[:2]  # port 0 is any free one
-    return f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
+    return f"http://{endpoint(host, port)}/metrics"

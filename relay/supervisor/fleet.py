@@ -529,6 +529,10 @@ class Fleet:
             if not all(is_bound(worker.rings[ring.number]) for worker in self._readers(ring))
         }
 
+    def has_lapsed_joins(self) -> bool:
+        """Whether the kernel has dropped joins, which `begin` makes anew."""
+        return bool(self._memberships.lapsed())
+
     def _replace_rings(self, plan: Plan, warnings: list[str]) -> None:
         """Open rings on interfaces that came, close those of interfaces that went.
 

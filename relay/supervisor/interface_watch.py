@@ -39,14 +39,15 @@ class InterfaceWatch(contextlib.AbstractContextManager["InterfaceWatch"]):
         self._monitor.discard()
         former, self.interfaces = self.interfaces, interfaces.snapshot()
         anew = sorted(self._fleet.created_anew() & self.interfaces.keys())
-        if former == self.interfaces and not anew:
+        has_lapsed = self._fleet.has_lapsed_joins()
+        if former == self.interfaces and not anew and not has_lapsed:
             return
         for line in interfaces.differences(former, self.interfaces, self._without_carrier):
             self._log.notice(line)
         for name in anew:
             if name in former and former[name].index == self.interfaces[name].index:
                 self._log.notice(f"Interface {name} was created anew")
-        if anew or interfaces.without_carriers(former) != interfaces.without_carriers(self.interfaces):
+        if anew or has_lapsed or interfaces.without_carriers(former) != interfaces.without_carriers(self.interfaces):
             self._go_over()
 
     def _go_over(self) -> None:

@@ -17,6 +17,7 @@ from relay.sockaddr import is_of_link
 RTMGRP_LINK = 0x1  # linux/rtnetlink.h
 RTMGRP_IPV4_IFADDR = 0x10
 RTMGRP_IPV6_IFADDR = 0x100
+IPV6_MIN_MTU = 1280  # linux/ipv6.h; below it the kernel takes IPv6 off an interface
 IF_INET6 = Path("/proc/thread-self/net/if_inet6")  # not there on a kernel without IPv6
 IFA_F_TEMPORARY = 0x01  # linux/if_addr.h: changes every day, for privacy
 IFA_F_OPTIMISTIC = 0x04
@@ -41,6 +42,8 @@ class Interface(msgspec.Struct, frozen=True):
         """Why nothing can be sent or received here now, None when it can."""
         if not self.is_up:
             return f"interface {self.name} is down"
+        if ipv6 and self.mtu_bytes < IPV6_MIN_MTU:
+            return f"interface {self.name} has an MTU of {self.mtu_bytes} bytes, and IPv6 needs {IPV6_MIN_MTU}"
         if ipv6 and not self.addresses6:
             return f"interface {self.name} has no IPv6 address"
         if not ipv6 and not self.addresses:

@@ -11,11 +11,12 @@ import errno
 import socket
 import struct
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import msgspec
 
 from relay import bpf
-from relay.addresses import endpoint, family, is_ipv6, is_multicast
+from relay.addresses import endpoint, family, is_ipv6, is_multicast, unpacked
 from relay.errors import RelayError
 from relay.sockaddr import sockaddr, sockaddr_storage
 from relay.supervisor.ingress import attach_filter
@@ -26,6 +27,7 @@ MCAST_JOIN_SOURCE_GROUP = 46
 MCAST_LEAVE_SOURCE_GROUP = 47
 IGMP_MAX_MEMBERSHIPS = 20  # net/ipv4/igmp.c, unless the sysctl says more
 IPV6_MEMBERSHIPS = 80  # each takes 240 bytes with a source, of optmem_max: 20 KiB, or more
+IGMP6 = Path("/proc/thread-self/net/igmp6")  # a line each: ifindex, name, group …
 # The socket is full; or the group is joined on it with and without a source, which one socket can't hold.
 ANOTHER_SOCKET_HELPS = (errno.ENOBUFS, errno.ENOMEM, errno.EADDRINUSE, errno.EINVAL)
 
@@ -97,6 +99,8 @@ class Memberships:
 
     def update(self, wanted: Collection[Listen]) -> list[str]:
         """Join what is new, then leave what is no longer wanted; return warnings, one a refusal."""
+        for listen in self.lapsed():
+            self._leave(listen)
         warnings = []
         for listen in wanted:
             if listen in self._joined or listen in self._held:
@@ -114,6 +118,18 @@ class Memberships:
         for listen in [listen for listen in self._held if listen not in keep]:
             self._held.pop(listen).close()
         return warnings
+
+    def lapsed(self) -> list[Listen]:
+        """IPv6 groups that the sockets hold, but the kernel does not: it drops an interface's when its MTU is too small
+        for IPv6 for a moment, and joins none of them again. `update` does.
+        """
+        ipv6 = [listen for listen in self._joined if is_ipv6(listen.address)]
+        try:
+            rows = [line.split() for line in IGMP6.read_text().splitlines()] if ipv6 else []
+        except OSError:  # it can't be told
+            return []
+        there = {(int(row[0]), unpacked(bytes.fromhex(row[2]))) for row in rows}
+        return [listen for listen in ipv6 if (listen.ifindex, listen.address) not in there]
 
     def forget(self, ifindex: int) -> None:
         """Leave what was joined on an interface that went: `update` joins again on one with the same index."""

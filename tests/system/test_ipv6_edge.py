@@ -188,3 +188,17 @@ def test_joins_outlive_a_killed_supervisor(line: Line, relay: Relay) -> None:
     assert relayed(line, [(GEN, "ff3e::1", 5001), (OTHER, "ff3e::1", 5001)]) == {1}
     remove_all(relay)
     wait_until(lambda: "ff3e::1" not in groups_joined(host), "left by the one that did not join")
+
+
+def test_joins_that_a_small_mtu_took_away_come_back(line: Line, relay: Relay) -> None:
+    """The kernel takes IPv6 off the interface, and joins nothing again by itself."""
+    host = line.hosts[1]
+    relay.add("tv", IN, OUT)
+    shell(host, "ip link set left mtu 1000")
+    reason = "waiting: interface left has an MTU of 1000 bytes, and IPv6 needs 1280"
+    wait_until(lambda: states(relay) == [reason], "the rule waits")
+    assert "ff3e::1" not in groups_joined(host)
+    shell(host, "ip link set left mtu 1500; ip addr add fd00:1::2/64 dev left nodad")
+    wait_until(lambda: "ff3e::1" in groups_joined(host), "joined again")
+    wait_until(lambda: states(relay) == ["active"], "the rule is back")
+    assert relayed(line, [(GEN, "ff3e::1", 5001)]) == {0}

@@ -8,14 +8,15 @@ from relay.cli.checks.network import LOOPBACK, QUERY_INTERVAL_S
 from relay.cli.checks.registry import Found, Severity, check
 from relay.cli.checks.situation import Situation
 from relay.sockaddr import is_of_link
+from relay.supervisor.interfaces import IPV6_MIN_MTU
 
 MLD_V2 = 2  # the first that asks for sources, RFC 3810
 
 
 def taken_from(situation: Situation) -> list[str]:
-    """The interfaces on which rules take in IPv6."""
-    rules = (planned for planned in situation.plan.rules if is_ipv6(planned.rule.input_group))
-    return list(dict.fromkeys(name for planned in rules for name in planned.interfaces))
+    """The interfaces on which rules take in IPv6, by either leg."""
+    inputs = (each for planned in situation.plan.rules for each in planned.inputs)
+    return list(dict.fromkeys(name for leg, names in inputs if is_ipv6(leg.group) for name in names))
 
 
 def sent_to(situation: Situation) -> list[str]:
@@ -51,6 +52,11 @@ def ipv6_addresses(situation: Situation) -> Iterator[Found]:
         read = f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6"
         if situation.files.setting(f"net/ipv6/conf/{name}/disable_ipv6"):
             yield Found("problem", f"IPv6 is disabled on {name}", read, f"sysctl net.ipv6.conf.{name}.disable_ipv6=0")
+            continue
+        mtu_bytes = situation.interfaces[name].mtu_bytes
+        if mtu_bytes < IPV6_MIN_MTU:
+            text = f"{name} has an MTU of {mtu_bytes} bytes: without {IPV6_MIN_MTU} the kernel has no IPv6 there"
+            yield Found("problem", text, f"/sys/class/net/{name}/mtu", f"ip link set {name} mtu {IPV6_MIN_MTU}")
             continue
         read = f"ip -6 addr show dev {name}"
         if not addresses:

@@ -19,7 +19,7 @@ from relay.cli.checks.situation import Probes, Situation, count
 from relay.cli.host import Files
 from relay.cli.running import Running
 from relay.dataplane.layout import DropCause
-from relay.rules import Output, Rule
+from relay.rules import Output, Rule, Secondary
 from relay.supervisor.interfaces import Interface
 from relay.supervisor.plan import make_plan
 
@@ -82,11 +82,13 @@ def situation(root: Path, files: dict[str, str], **facts: Any) -> Situation:
     return Situation(files=Files(root), **facts)
 
 
+LEGS = msgspec.structs.replace(rule(), secondary=Secondary(input_group="ff3e::1"), protection="seamless")
 WITH_IPV6 = {
     "left": msgspec.structs.replace(INTERFACES["left"], addresses6=("fd00:1::2", "fe80::2")),
     "right": msgspec.structs.replace(INTERFACES["right"], addresses6=("fd00:2::1", "fe80::1")),
 }
 LINK_LOCAL = {**WITH_IPV6, "right": msgspec.structs.replace(INTERFACES["right"], addresses6=("fe80::1",))}
+NARROW = {**WITH_IPV6, "right": msgspec.structs.replace(INTERFACES["right"], mtu_bytes=1000)}
 SIX = {"relay": running((rule6(),)), "interfaces": WITH_IPV6}
 PICKY = {"relay": running((rule6("fd00:1::7"), rule6("fd00:1::8"))), "interfaces": WITH_IPV6}
 IGMP6 = "2    left            ff3e000000000000000000000000000{last}     1 00000004 0"
@@ -216,7 +218,9 @@ CASES: dict[str, list[Case]] = {
     "ipv6-addresses": [
         ({f"{IPV6}/conf/left/disable_ipv6": "1"}, SIX, "problem", "IPv6 is disabled on left"),
         ({}, {"relay": running((rule6(),))}, "problem", "left has no IPv6 address that can be used"),
+        ({}, {**SIX, "interfaces": NARROW}, "problem", "right has an MTU of 1000 bytes: without 1280"),
         ({}, {**SIX, "interfaces": LINK_LOCAL}, "note", "right has only a link-local address, fe80::1"),
+        ({f"{IPV6}/conf/left/disable_ipv6": "1"}, {"relay": running((LEGS,))}, "problem", "IPv6 is disabled on left"),
         ({f"{IPV6}/conf/left/disable_ipv6": "0"}, SIX, "ok", "left has fd00:1::2"),
     ],
     "mld-version": [

@@ -11,6 +11,7 @@ import pytest
 from relay.dataplane.send import SOL_UDP, UDP_SEGMENT
 from relay.supervisor.egress import EgressKey, egress_key, open_egress
 from relay.supervisor.interfaces import snapshot
+from tests.system.harness import wait_until
 from tools.netns import Host, Line
 
 PORT = 6001
@@ -78,6 +79,7 @@ def test_an_output_has_its_hop_limit_class_and_the_interfaces_source(
 
 def test_a_link_local_address_is_the_source_where_there_is_no_other(line: Line) -> None:
     line.hosts[0].ip("addr", "del", "fd00:1::1/64", "dev", "right")
+    wait_until(lambda: snapshot()["right"].addresses6, "the carrier brings a link-local address")
     with listener(line.hosts[1], "ff3e::1") as sink, open_egress(key_to("ff3e::1")) as egress:
         egress.send(bytes(100))
         assert received(sink)[1] == snapshot()["right"].addresses6[0]

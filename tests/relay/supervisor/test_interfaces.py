@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from relay.supervisor.interfaces import Interface, InterfaceMonitor, differences, in_order, parse_flags, snapshot
+from tests.system.harness import wait_until
 from tools.netns import Line
 
 ETH0 = Interface("eth0", 2, is_up=True, has_carrier=True, mtu_bytes=1500, addresses=("10.0.0.1",))
@@ -91,6 +92,9 @@ def test_a_change_of_ipv6_addresses_is_one_line(change: dict[str, object], line:
 
 
 def test_each_family_needs_an_address_of_its_own() -> None:
+    narrow = msgspec.structs.replace(ETH0, mtu_bytes=1279)
+    assert narrow.fault(ipv6=True) == "interface eth0 has an MTU of 1279 bytes, and IPv6 needs 1280"
+    assert narrow.fault() is None
     only6 = msgspec.structs.replace(ETH0, addresses=(), addresses6=("fe80::1",))
     assert (ETH0.fault(), ETH0.fault(ipv6=True)) == (None, "interface eth0 has no IPv6 address")
     assert (only6.fault(), only6.fault(ipv6=True)) == ("interface eth0 has no IPv4 address", None)
@@ -100,7 +104,9 @@ def test_a_snapshot_has_ipv6_addresses_once_they_are_usable_and_changes_are_anno
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     with Line("one", "two") as line, line.hosts[0].inside():
-        link_local = snapshot()["right"].addresses6[-1]
+        link_local = wait_until(lambda: snapshot()["right"].addresses6[1:], "the carrier brings a link-local address")[
+            0
+        ]
         assert link_local.startswith("fe80::")
         with contextlib.closing(InterfaceMonitor()) as monitor:
             assert snapshot()["right"].addresses6 == ("fd00:1::1", link_local)

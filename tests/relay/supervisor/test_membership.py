@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from relay.supervisor.interfaces import snapshot
 from relay.supervisor.membership import Listen, Memberships
 from relay.supervisor.orphans import KeptMembership, kept_memberships
+from tests.system.harness import wait_until
 from tools.netns import Line
 
 SOURCES_OF_A_GROUP_MAX = 64  # mld_max_msf, as it is by default
@@ -89,6 +91,20 @@ def test_groups_beyond_the_memory_for_options_go_to_the_next_socket(left: int, m
     assert len(joined()) == 100
 
 
+def test_what_a_small_mtu_took_away_is_joined_again(left: int, memberships: Memberships) -> None:
+    wanted = [Listen("ff3e::7", 0, left, None), Listen("ff3e::8", 0, left, "fd00:1::1")]
+    wanted.append(Listen("239.1.1.1", 0, left, None))
+    memberships.update(wanted)
+    assert memberships.lapsed() == []
+    for mtu in ("1000", "1500"):
+        subprocess.run(["ip", "link", "set", "left", "mtu", mtu], check=True)
+    assert joined() == set()
+    assert set(memberships.lapsed()) == set(wanted[:2])
+    assert memberships.update(wanted) == []
+    assert joined() == {"ff3e::7", "ff3e::8"}
+    assert memberships.lapsed() == []
+
+
 def test_a_refusal_is_a_warning_and_the_rest_is_joined(left: int, memberships: Memberships) -> None:
     wanted = (Listen("ff3e::7", 0, 9999, None), Listen("ff3e::8", 0, left, None), Listen("fd00:9::9", 5001, 0, None))
     warnings = memberships.update(wanted)
@@ -99,7 +115,7 @@ def test_a_refusal_is_a_warning_and_the_rest_is_joined(left: int, memberships: M
 
 
 def test_unicast_inputs_are_held_on_their_link_if_they_exist_once_a_link(left: int, memberships: Memberships) -> None:
-    link_local = snapshot()["left"].addresses6[-1]
+    link_local = wait_until(lambda: snapshot()["left"].addresses6[1:], "the carrier brings a link-local address")[0]
     places = ((link_local, left), ("fd00:1::2", 0), ("10.1.0.2", 0))
     assert memberships.update([Listen(address, 5001, index, None) for address, index in places]) == []
     held = [sock.getsockname() for sock in memberships.held.values()]
