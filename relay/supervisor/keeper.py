@@ -19,7 +19,7 @@ from relay.supervisor.listener import refuse_foreign
 from relay.supervisor.orphans import Inventory, handover_path, inventory_file
 
 SOCKET_MODE = 0o600
-BACKLOG = 1
+BACKLOG = 8  # those that were killed while they waited for a template to load stay in the queue
 
 
 class Descriptor(Protocol):

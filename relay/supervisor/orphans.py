@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -29,13 +30,14 @@ from relay.descriptors import Channel, ChannelClosedError
 from relay.errors import PreflightError, RelayError
 from relay.messages import Exited, FromOrphans, Keep, KeptAll, Leave
 from relay.supervisor import kin
+from relay.supervisor.health import PULSE_INTERVAL_S, Pulse
 from relay.supervisor.membership import Listen
 from relay.supervisor.salvage import Bound, salvage
 from relay.supervisor.state import StateFile
+from relay.supervisor.vitals import read_vitals
 
 VERSION = 1
-HANDOVER_S_MAX = 5.0  # a template answers in milliseconds
-LOAD_S_MAX = 20.0  # after its start, on a busy machine: it loads the compiled code first
+HANDOVER_S_MAX = 5.0  # of time that a template could use: it answers in milliseconds, or loads compiled code first
 LISTENER = "listener"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SO_ACCEPTCONN = 30
@@ -403,22 +405,17 @@ def take_over(
 
 def _fetch(path: Path, inventory: Inventory) -> tuple[Channel[FromOrphans] | None, Kept]:
     """The channel to an orphaned template and what it kept; None and nothing from one that does not answer."""
-    channel = connect(path, max(HANDOVER_S_MAX, LOAD_S_MAX - _age_s(inventory.template)))
+    channel = connect(path)
     kept = Kept(inventory.cores)
     if channel is None:
         return None, kept
     try:
-        receive(channel, kept)
+        receive(channel, kept, inventory.template.pid)
     except (OSError, ValueError, ChannelClosedError, msgspec.ValidationError):
         channel.close()
         kept.close()
         return None, Kept(inventory.cores)
     return channel, kept
-
-
-def _age_s(process: KeptProcess) -> float:
-    """How long ago it was started."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def end(running: Collection[Predecessor]) -> None:
@@ -470,10 +467,10 @@ def _complete(kept: Kept, inventory: Inventory, worker: KeptWorker, pidfd: int) 
         os.close(salvaged.stats)
 
 
-def connect(path: Path, answer_s_max: float) -> Channel[FromOrphans] | None:
-    """The channel to an orphaned template, None when it does not take it."""
+def connect(path: Path) -> Channel[FromOrphans] | None:
+    """The channel to an orphaned template, None when it does not take it. Nothing takes longer there than a pulse."""
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    end.settimeout(answer_s_max)
+    end.settimeout(PULSE_INTERVAL_S)
     try:
         end.connect(str(path))
     except OSError:
@@ -482,10 +479,21 @@ def connect(path: Path, answer_s_max: float) -> Channel[FromOrphans] | None:
     return Channel(end, FromOrphans)
 
 
-def receive(channel: Channel[FromOrphans], kept: Kept) -> None:
-    """Receive every descriptor that is kept. Raises OSError, ChannelClosedError, ValidationError, ValueError."""
+def receive(channel: Channel[FromOrphans], kept: Kept, template_pid: int) -> None:
+    """Receive every descriptor that is kept. Raises OSError, ChannelClosedError, ValidationError, ValueError.
+
+    TimeoutError is for a template that says nothing, though it could.
+    """
+    received, pulse = 0, Pulse()
+    pulse.begin(time.monotonic())
     while True:
-        message, descriptors = channel.receive()
+        try:
+            message, descriptors = channel.receive()
+        except TimeoutError:
+            if pulse.hangs(received, time.monotonic(), partial(read_vitals, template_pid), HANDOVER_S_MAX):
+                raise
+            continue
+        received += 1
         if isinstance(message, KeptAll):
             return
         if isinstance(message, Exited):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from relay.dataplane.counters import StatsSegment
+from relay.wording import counted
 from tests.system.conftest import StartRelay
 from tests.system.harness import (
     BIN,
@@ -127,7 +128,7 @@ def test_a_killed_supervisor_is_taken_over_without_loss(
             assert not any(is_alive(pid) for pid in former)
             assert not former & workers(relay)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r", "other"]
-    assert relay.text().count(f"{count} workers replaced") == TURNS
+    assert relay.text().count(f"{counted(count, 'worker')} replaced") == TURNS
     relay.assert_accounted()
     assert not joined(host, "239.1.1.9")
     relay.stop()
@@ -142,7 +143,7 @@ def test_a_graceful_restart_loses_nothing(line: Line, start_relay: StartRelay, t
         for _ in range(2):
             former = workers(relay)
             result = relay.control("restart", "--graceful")
-            assert (result.returncode, result.stdout) == (0, f"restarted: {count} workers replaced\n")
+            assert (result.returncode, result.stdout) == (0, f"restarted: {counted(count, 'worker')} replaced\n")
             assert relay.process.poll() is None
             assert not former & workers(relay)
     assert [rule["rule_id"] for rule in relay.ask("list-rules")] == ["r"]
@@ -292,7 +293,7 @@ def test_a_template_that_still_loads_when_its_supervisor_dies_keeps_everything(
         wait_until(lambda: is_published_with_other_template(relay, former.pid), "the next template is known")
         kill_supervisor(relay)
         relay.start_again()
-    assert "1 workers replaced" in relay.text()
+    assert "1 worker replaced" in relay.text()
     assert "no template left" not in relay.text()
     assert "did not answer" not in relay.text()
     relay.stop()

@@ -119,6 +119,7 @@ def test_a_template_that_does_not_answer_is_ended(line: Line, start_relay: Start
     template.suspend()
     relay.start_again()
     assert "did not answer and was killed" in relay.text()
+    assert "had no template left: their rings were taken from themselves" in relay.text()
     assert not any(is_alive(pid) for pid in {*former, template.pid})
     relays_few(line, tmp_path)
     relay.stop()

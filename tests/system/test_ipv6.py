@@ -320,7 +320,7 @@ def test_two_legs_of_either_family_become_one_stream(line6: Line, relay: Relay) 
 
 
 @contextmanager
-def whole(line: Line, folder: Path, *outputs: str) -> Iterator[None]:
+def whole(line: Line, relay: Relay, folder: Path, *outputs: str) -> Iterator[None]:
     """Traffic to SSM at PPS from before the block until after it: it arrives at each output whole, in order, once."""
     gen, _, sink = line.hosts
     to = ("--group", SSM, "--port", str(PORT), "--interface", "right", "--rate", str(PPS), "--flows", "8")
@@ -333,8 +333,10 @@ def whole(line: Line, folder: Path, *outputs: str) -> Iterator[None]:
         sent = stack.enter_context(sender(gen, folder, *to))
         yield
         count = sent.interrupt()["datagrams"]
-        for each in received:
-            assert_perfect(each.drain(count), count)
+        summaries = [each.drain(count) for each in received]
+        print(relay.stats()["drops"])  # shown when the test failed
+        for summary in summaries:
+            assert_perfect(summary, count)
 
 
 def worker_pid(relay: Relay) -> int:
@@ -344,7 +346,7 @@ def worker_pid(relay: Relay) -> int:
 def test_nothing_is_lost_when_processes_change(line6: Line, relay: Relay, tmp_path: Path) -> None:
     """A worker that is killed, then a graceful restart of all."""
     relay.add("r", place(SSM), OUT6, OUT4, options=("--source", SENDER))
-    with whole(line6, tmp_path, OUT6, OUT4):
+    with whole(line6, relay, tmp_path, OUT6, OUT4):
         for change in (kill_worker, restart):
             wait_for_traffic(relay)
             former = worker_pid(relay)

@@ -24,6 +24,8 @@ GROUP, PORT = "239.1.1.1", 5001
 OUT, OUT_PORT, OTHER_PORT = "239.2.2.2", 6001, 6002
 PAYLOAD_BYTES = 200
 PPS = 4000
+BURST = 16
+UDP_SEGMENT = 103
 LEGS = ("left", "spare")
 
 
@@ -38,8 +40,16 @@ def forked(line: Line) -> Line:
     return line
 
 
+def datagram(number: int) -> bytes:
+    header = struct.pack(">BBHIIQ", 0x80, 33, number & 0xFFFF, number * 90 & 0xFFFFFFFF, 7, number)
+    return header.ljust(PAYLOAD_BYTES, b".")
+
+
 class Legs(threading.Thread):
-    """Sends one RTP stream by two legs from gen, each of which loses other datagrams, until it is told to end."""
+    """Sends one RTP stream by two legs from gen, each of which loses other datagrams, until it is told to end.
+
+    In bursts, of which what a leg does not lose is one super-frame, larger than a slot of the ring.
+    """
 
     def __init__(self, gen: Host, addresses: tuple[str, str] = ("10.1.0.1", "10.3.0.1")) -> None:
         super().__init__()
@@ -54,7 +64,6 @@ class Legs(threading.Thread):
         self.loses: Callable[[int, int], bool] = lambda leg, number: number % 10 == 3 + 4 * leg
         self.cut = [False, False]
         self.sent = 0
-        self.by_leg = [0, 0]
         self.numbers_of: list[list[int]] = [[], []]
         self.ending = threading.Event()
         self.failure: BaseException | None = None
@@ -63,21 +72,21 @@ class Legs(threading.Thread):
         start_s = time.monotonic()
         try:
             while not self.ending.is_set():
-                while self.sent < (time.monotonic() - start_s) * PPS and not self.ending.is_set():
+                while self.sent + BURST < (time.monotonic() - start_s) * PPS and not self.ending.is_set():
                     self.send()
-                self.ending.wait(0.001)
+                self.ending.wait(BURST / PPS)
         except BaseException as error:
             self.failure = error
 
     def send(self) -> None:
-        number = self.sent
-        payload = struct.pack(">BBHIIQ", 0x80, 33, number & 0xFFFF, number * 90 & 0xFFFFFFFF, 7, number)
+        burst = range(self.sent, self.sent + BURST)
+        segmented = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", PAYLOAD_BYTES))]
         for leg, sock in enumerate(self.sockets):
-            if not self.cut[leg] and not self.loses(leg, number):
-                sock.send(payload.ljust(PAYLOAD_BYTES, b"."))
-                self.by_leg[leg] += 1
-                self.numbers_of[leg].append(number)
-        self.sent += 1
+            numbers = [number for number in burst if not self.cut[leg] and not self.loses(leg, number)]
+            if numbers:
+                sock.sendmsg([b"".join(map(datagram, numbers))], segmented)
+            self.numbers_of[leg] += numbers
+        self.sent += BURST
 
     def goes_on(self, count: int = PPS // 4) -> None:
         """Wait until so many more have been sent."""
@@ -219,7 +228,7 @@ def test_what_either_leg_brings_leaves_once_whatever_befalls_the_relay(
     assert_whole(received, first, sent)
 
     # What the other rule got: each datagram of the leg, the one or other of them twice where its input changed rings.
-    wait_until(lambda: len(set(others.numbers)) >= sending.by_leg[1], "all of the other rule's")
+    wait_until(lambda: len(set(others.numbers)) >= len(sending.numbers_of[1]), "all of the other rule's")
     assert set(others.numbers) == set(sending.numbers_of[1])
     assert all(number < first for number, times in Counter(others.numbers).items() if times > 1)
 
@@ -264,5 +273,5 @@ def test_the_secondary_takes_over_and_hands_back(
     assert missing[0] >= cut_at
     protection = rule_of(relay)["protection"]
     assert (protection["active"], protection["switches"]) == ("primary", 2)
-    assert protection["withheld"] + len(received.numbers) == sum(sending.by_leg)
+    assert protection["withheld"] + len(received.numbers) == sum(map(len, sending.numbers_of))
     assert relay.text().count("went over to its secondary") == relay.text().count("is back on its primary") == 1

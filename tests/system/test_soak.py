@@ -20,6 +20,7 @@ from tests.system.harness import Relay, receiving, send, wait_until
 from tools.netns import Line
 
 SECONDS = 15.0
+RING_MIB = "512"
 SEED = int(os.environ.get("MCR_SOAK_SEED", "1"))
 PPS = 50_000
 IN, OUT = "239.1.1.1:5001", "239.2.2.2:6001:right"
@@ -79,11 +80,31 @@ class Faults:
     def kill_supervisor(self) -> None:
         """The next one takes over."""
         former = self._worker()
+        self.relay.process.kill()
+        self._start_again(former)
+
+    def _start_again(self, former: int) -> None:
         relay = self.relay
-        relay.process.kill()
         relay.process.wait()
         relay.process = relay.launch(relay.options)
         self._wait_for_another(former)
+
+    def kill_supervisor_and_template(self) -> None:
+        """At once: no other template is started. The next one takes what it needs from the worker."""
+        former, template = self._worker(), wait_until(lambda: self._child("relay.dataplane.template"), "a template")
+        self.relay.process.send_signal(signal.SIGSTOP)
+        template.kill()
+        self.relay.process.kill()
+        self._start_again(former)
+
+    def kill_supervisor_and_worker(self) -> None:
+        """At once: nobody relays until the next one does. The template waits for it, and the ring fills."""
+        former = self._worker()
+        self.workers_killed += 1
+        self.relay.process.send_signal(signal.SIGSTOP)
+        os.kill(former, signal.SIGKILL)
+        self.relay.process.kill()
+        self._start_again(former)
 
     def restart(self) -> None:
         """As after an upgrade."""
@@ -105,7 +126,7 @@ class Faults:
         """Every fault."""
         return [
             self.kill_worker, self.kill_control_plane, self.kill_template, self.kill_supervisor, self.restart,
-            self.change_rules, self.trace,
+            self.change_rules, self.trace, self.kill_supervisor_and_template, self.kill_supervisor_and_worker,
         ]  # fmt: skip
 
 
@@ -114,8 +135,9 @@ def test_faults_at_random_lose_nothing(
 ) -> None:
     seconds = request.config.getoption("--minutes") * 60 or SECONDS
     gen, host, sink = line.hosts
-    # A worker that dies while the template does, too, waits for a new one: a second, more on a busy machine.
-    relay = start_relay(host, ("left",), 1, "--ring-mib", "256")
+    # Where a worker dies with its template or its supervisor, nobody relays until the next one has started, which takes
+    # two seconds, and more on a busy machine. The ring holds five.
+    relay = start_relay(host, ("left",), 1, "--ring-mib", RING_MIB)
     relay.add("kept", IN, OUT)
     faults, chance = Faults(relay, tmp_path), random.Random(SEED)
     count = int(seconds * PPS)

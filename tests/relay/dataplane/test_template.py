@@ -11,8 +11,7 @@ import pytest
 from relay.dataplane import template
 from relay.dataplane.template import Template
 from relay.descriptors import Channel, channel_pair
-from relay.messages import Forget, FromTemplate, Keep, Kept, KeptAll, Leave, TemplateReady, ToTemplate
-from relay.supervisor.orphans import connect
+from relay.messages import Forget, FromOrphans, FromTemplate, Keep, Kept, KeptAll, Leave, TemplateReady, ToTemplate
 
 JOIN_S = 60.0
 
@@ -71,8 +70,9 @@ def test_what_a_supervisor_sent_before_it_died_is_kept_though_it_read_nothing(
     Channel(running.far, ToTemplate).send(TemplateReady())
     running.supervisor.close()
     running.start()
-    heir = connect(running.path, JOIN_S)
-    assert heir is not None
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end.connect(str(running.path))
+    heir: Channel[FromOrphans] = Channel(end, FromOrphans)
     message, descriptors = heir.receive()
     assert isinstance(message, Kept)
     assert message.names == names[1:]
