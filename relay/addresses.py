@@ -8,12 +8,15 @@ little-endian numbers of eight bytes. One comparison serves both families, and n
 import ipaddress
 import socket
 import struct
+from functools import lru_cache
 from typing import Final
 
 ADDRESS_BYTES: Final = 16
 MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"
 HALVES: Final = struct.Struct("<qq")
 ANY: Final = (0, 0)  # :: is never an address of a datagram's receiver, nor of a sender that a rule can name
+
+HALVES_KEPT: Final = 16_384  # RULES_MAX; 3 MB
 
 Halves = tuple[int, int]
 
@@ -59,8 +62,9 @@ def unpacked(raw: bytes) -> str:
     return str(ipaddress.IPv6Address(raw))
 
 
+@lru_cache(HALVES_KEPT)
 def halves(address: str) -> Halves:
-    """A valid address as the data path holds it."""
+    """A valid address as the data path holds it. Kept: each change of rules asks for all of them again."""
     first, second = HALVES.unpack(packed(address))
     return first, second
 

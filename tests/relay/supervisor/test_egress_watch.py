@@ -105,6 +105,9 @@ def test_an_ipv6_receiver_that_does_not_answer_is_told_and_when_it_does(line: Li
                 out.sendto(b"payload", (address, 6001))
             return list(watch.look(1, keys))
 
+        out.sendto(b"payload", ("fd00:1::2", 6001))
+        neighbour = ["ip", "neigh", "show", "fd00:1::2"]
+        wait_until(lambda: "REACHABLE" in host.run(neighbour, capture_output=True).stdout, "the other one answers")
         assert look() == []
         (line_,) = wait_until(look, "silence is told")
         assert line_.startswith("No neighbour answer from fd00:1::9 on right: what is sent there is lost")
