@@ -9,9 +9,10 @@ import selectors
 from collections.abc import Callable
 
 from logging_shm import Logger
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
 from relay.supervisor.orphans import Orphans, Predecessor
 from relay.supervisor.timers import Timers
+from relay.supervisor.worker import Worker
 from relay.wording import counted
 
 RELEASE_S_MAX = 1.0  # a pass takes milliseconds; an idle worker looks up ten times a second

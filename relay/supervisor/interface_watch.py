@@ -38,7 +38,7 @@ class InterfaceWatch(contextlib.AbstractContextManager["InterfaceWatch"]):
     def _on_change(self) -> None:
         self._monitor.discard()
         former, self.interfaces = self.interfaces, interfaces.snapshot()
-        anew = sorted(self._fleet.created_anew() & self.interfaces.keys())
+        anew = sorted(self._fleet.rings.created_anew() & self.interfaces.keys())
         has_lapsed = self._fleet.has_lapsed_joins()
         if former == self.interfaces and not anew and not has_lapsed:
             return

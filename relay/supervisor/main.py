@@ -48,7 +48,7 @@ from relay.supervisor import levels, segments
 from relay.supervisor.changes import Change, Changes
 from relay.supervisor.egress_watch import EgressWatch
 from relay.supervisor.exclusive import Exclusive
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
 from relay.supervisor.guards import GuardWatch
 from relay.supervisor.handover import Handover
 from relay.supervisor.ingress import Fanout
@@ -67,6 +67,7 @@ from relay.supervisor.service import ServiceManager
 from relay.supervisor.stalls import StallWatch
 from relay.supervisor.state import state_file
 from relay.supervisor.timers import Timers
+from relay.supervisor.worker import Worker
 from relay.wording import counted
 
 TICK_S = 1.0
@@ -385,7 +386,7 @@ class Supervisor:
     def _tick(self) -> None:
         """Once a second: what the kernel dropped, and a sample for the rates."""
         self._timers.after(TICK_S, self._tick)
-        for (core, interface), frames in self._fleet.count_ring_drops().items():
+        for (core, interface), frames in self._fleet.rings.count_drops().items():
             self._log.warning(
                 f"Ring of {interface} full: {counted(frames, 'frame')} lost on core {core}", core=core, iface=interface
             )

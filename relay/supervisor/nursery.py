@@ -22,13 +22,14 @@ from relay.descriptors import Channel, ChannelClosedError, channel_pair
 from relay.messages import Exited, FromTemplate, FromWorker, Leave, Spawn, Spawned, Started, TableInUse, TemplateReady
 from relay.supervisor import kin
 from relay.supervisor.children import MisbehaviourError, describe_status, start_template
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
 from relay.supervisor.health import HANG_S, PROBATION_S, PULSE_INTERVAL_S, START_HANG_S, Pulse
 from relay.supervisor.keeper import Keeper
 from relay.supervisor.logs import last_words
 from relay.supervisor.relief import Relief
 from relay.supervisor.timers import Timers
 from relay.supervisor.vitals import read_vitals
+from relay.supervisor.worker import Worker
 
 RESTART_DELAY_S = 0.5  # for a template that ended before it was ready, more than once
 STARTS_MAX = 5  # of templates that somebody kills before the first one is ready

@@ -12,7 +12,8 @@ from logging_shm import Logger
 from relay.dataplane.layout import COUNT_MAX
 from relay.protection import LEG_NAMES, LegHealth, ProtectionHealth, silent_after_ms
 from relay.rules import Leg, Rule, legs
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
+from relay.supervisor.worker import Worker
 
 PERIOD_S_MIN, PERIOD_S_MAX = 0.05, 1.0
 TOLD_MAX = 40  # of one look: an interface that goes down may take a leg from hundreds of rules
@@ -40,7 +41,7 @@ def silence_ns(record: Any, leg: int, worker: Worker) -> int:
 
 def health_of(fleet: Fleet, rule: Rule) -> ProtectionHealth | None:
     """What is told of a rule's two legs; None of a rule that has but one."""
-    worker = fleet.reader()
+    worker = fleet.rings.reader()
     if rule.protection is None or worker is None:
         return None
     record = worker.stats.protections[fleet.protections.number_of(rule)].copy()
@@ -91,7 +92,7 @@ class ProtectionWatch:
     def look(self) -> None:
         """Tell what has changed since the last look."""
         former, self._known, self._told = self._known, {}, 0
-        worker = self._fleet.reader()
+        worker = self._fleet.rings.reader()
         if worker is None:
             return
         for rule in self._rules():

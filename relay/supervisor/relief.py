@@ -8,7 +8,8 @@ import time
 
 from logging_shm import Logger
 from relay.errors import RelayError
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
+from relay.supervisor.worker import Worker
 
 
 class Relief:
@@ -21,7 +22,7 @@ class Relief:
 
     def exclude(self, worker: Worker) -> None:
         """Say that a worker keeps dying, and give its share of the traffic to others."""
-        lost = self._fleet.exclude(worker)
+        lost = self._fleet.rings.exclude(worker)
         whose = f"The worker of core {worker.core} has died {worker.lives.young_deaths} times at once"
         if lost is None:
             self._unrelieved.add(worker.core)
@@ -44,7 +45,7 @@ class Relief:
     def _readmit(self, worker: Worker) -> None:
         worker.started_s = time.monotonic()
         try:
-            self._fleet.readmit(worker)
+            self._fleet.rings.readmit(worker)
         except RelayError as error:
             self._log.error(str(error), core=worker.core)
             return

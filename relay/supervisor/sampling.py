@@ -17,11 +17,12 @@ from relay.health import StreamHealth
 from relay.latency import latency_of
 from relay.messages import OutputStats, RuleStats, Stats, WorkerStats
 from relay.rules import output_name
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
 from relay.supervisor.plan import PlannedRule
 from relay.supervisor.protection_watch import health_of
 from relay.supervisor.stream_totals import StreamTotals
 from relay.supervisor.streams import streams_by_rule
+from relay.supervisor.worker import Worker
 from relay.version import VERSION
 
 WORKER_TOTALS = ("packets_in", "bytes_in", "packets_matched", "packets_relayed", "bytes_relayed", "packets_withheld")
@@ -130,7 +131,7 @@ class Sampler:
 
     def _ring_fill(self, worker: Worker) -> dict[str, int]:
         percent = worker.stats.header["ring_fill_percent"]
-        names = self._fleet.interface_names()
+        names = self._fleet.rings.interface_names()
         return {name: min(count(percent[number]), 100) for number, name in sorted(names.items())}
 
     def stats(self, request_id: int) -> Stats:
@@ -196,7 +197,7 @@ class Sampler:
             slot=slot,
             last_packet_unix_s=unix_s(counters["last_ns"]),
             streams=list(streams.get(rule.rule_id, ())),
-            input_rings=list(dict.fromkeys(number for _, number in self._fleet.inputs_of(planned))),
+            input_rings=list(dict.fromkeys(number for _, number in self._fleet.rings.inputs_of(planned))),
             drops={DropCause.RATE_LIMIT.name.lower(): count(counters["drops_rate_limit"])},
             rtp=totals.rtp(),
             mpeg_ts=totals.mpeg_ts(),

@@ -13,7 +13,8 @@ from logging_shm import Logger
 from relay.addresses import Halves, endpoint, halves, text_of
 from relay.health import used_records
 from relay.rules import Rule
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
+from relay.supervisor.worker import Worker
 
 PERIOD_S_MIN, PERIOD_S_MAX = 0.05, 1.0
 TOLD_MAX = 20  # of one look: anybody may send from a thousand ports, once from each
@@ -58,7 +59,7 @@ class StallWatch:
         for planned in self._fleet.plan.rules:
             rule = planned.rule
             if rule.stall_ms is not None and rule.secondary is None:  # silent legs are told by protection_watch.py
-                for leg, number in self._fleet.inputs_of(planned):
+                for leg, number in self._fleet.rings.inputs_of(planned):
                     watched[halves(leg.group), leg.port, number].append(rule)
         self._watched = dict(watched)
 

@@ -83,7 +83,7 @@ class StreamTotals:
         self._generation = self._fleet.generation
         inputs: dict[Input, list[str]] = defaultdict(list)
         for planned in self._fleet.plan.rules:
-            for leg, number in self._fleet.inputs_of(planned):
+            for leg, number in self._fleet.rings.inputs_of(planned):
                 source = None if leg.source is None else halves(leg.source)
                 inputs[halves(leg.group), leg.port, number, source].append(planned.rule.rule_id)
         self._inputs = dict(inputs)

@@ -27,7 +27,7 @@ def streams_by_rule(fleet: Fleet) -> dict[str, list[StreamHealth]]:
     found: dict[str, list[StreamHealth]] = defaultdict(list)
     if not seen:
         return found
-    rules, interfaces = inputs_of(fleet), fleet.interface_names()
+    rules, interfaces = inputs_of(fleet), fleet.rings.interface_names()
     for stream in seen:
         interface = interfaces.get(stream.ring)
         if interface is None:

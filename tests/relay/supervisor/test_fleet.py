@@ -14,9 +14,10 @@ from relay.dataplane.table import map_table
 from relay.descriptors import Channel, channel_pair
 from relay.messages import AddRing, FromWorker, SetGuardCells, SetSockets, SetTable, ToWorker
 from relay.rules import Output, Rule
-from relay.supervisor.fleet import WAITING_MAX, Fleet, Worker
+from relay.supervisor.fleet import Fleet
 from relay.supervisor.ingress import FRAME_BYTES, Fanout, count_filled, take_ring_drops
 from relay.supervisor.interfaces import snapshot
+from relay.supervisor.worker import WAITING_MAX, Worker
 from tools.netns import Host
 
 RULE = Rule(rule_id="r1", input_group="239.1.1.1", input_port=5001, outputs=(Output("239.2.2.2", 6001, "lo"),))
@@ -189,7 +190,7 @@ def test_a_worker_that_is_given_up_has_every_frame_counted_that_it_lost(pair: Fl
     fleet = pair
     kept, given_up = fleet.workers
     send_flows(flows=32, datagrams_each=64)
-    lost = fleet.exclude(given_up)
+    lost = fleet.rings.exclude(given_up)
     assert lost is not None
     (ring,) = kept.rings.values()
     others = count_filled(ring, RING_BYTES) + take_ring_drops(ring)
@@ -202,7 +203,7 @@ def test_a_worker_that_is_given_up_has_every_frame_counted_that_it_lost(pair: Fl
 
 def test_the_only_worker_keeps_its_traffic(fleet: Fleet) -> None:
     (worker,) = fleet.workers
-    assert fleet.exclude(worker) is None
+    assert fleet.rings.exclude(worker) is None
     assert worker.rings
 
 

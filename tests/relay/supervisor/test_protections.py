@@ -17,11 +17,12 @@ from relay.dataplane.counters import StatsSegment
 from relay.dataplane.table import view_table
 from relay.errors import RelayError, RuleError
 from relay.rules import Output, Rule, Secondary
-from relay.supervisor.fleet import Fleet, Worker
+from relay.supervisor.fleet import Fleet
 from relay.supervisor.ingress import FRAME_BYTES, Fanout
 from relay.supervisor.interfaces import snapshot
 from relay.supervisor.protection_watch import ProtectionWatch, health_of
 from relay.supervisor.protections import Protections, identity
+from relay.supervisor.worker import Worker
 from tools.netns import Host, Line
 
 RING_BYTES = 1 << 20
@@ -132,7 +133,7 @@ def test_without_a_ring_of_its_own_a_protected_rule_has_its_primary_and_others_h
 ) -> None:
     go_over(fleet, PLAIN, OTHER)
     with monkeypatch.context() as refusing:
-        refusing.setattr("relay.supervisor.fleet.open_ring", refuse)
+        refusing.setattr("relay.supervisor.rings.open_ring", refuse)
         assert fleet.begin((TV, OTHER), snapshot(), strict=True) == ["packet ring on lo: Cannot allocate memory"]
         fleet.finish()
     assert fleet.is_incomplete
@@ -156,17 +157,17 @@ def test_another_worker_reads_on_where_one_is_given_up_and_knows_what_was_let_th
     first.stats.protections[number]["passed"][5] = 0b111
     first.stats.journal["entries"][0] = number << layout.JOURNAL_SEQUENCE_BITS | 5 * 64 + 1
     first.stats.journal["count"] = 1
-    assert fleet.exclude(first) == 16
+    assert fleet.rings.exclude(first) == 16
     assert second.stats.protections[number]["passed"][5] == 0b101  # without what was not sent yet
     send("239.1.1.1", "239.1.1.2")
     assert len(frames_in(second.rings[1])) == 32
-    assert fleet.reader() is second
-    fleet.readmit(first)
+    assert fleet.rings.reader() is second
+    fleet.rings.readmit(first)
     assert list(first.rings) == [0]  # what is one's stays one's
     go_over(fleet, TV, ELSEWHERE)
     send("239.1.1.1")
     assert len(frames_in(second.rings[1])) == 48
-    assert fleet.created_anew() == set()
+    assert fleet.rings.created_anew() == set()
     assert {ring.reader for ring in fleet.inventory(1).rings} == {None, 1}
 
 
