@@ -60,9 +60,9 @@ class RuleBook:
         """The rules that a change would leave, each checked again: who asks is less privileged. Raises RuleError."""
         gone = frozenset(request.remove)
         wanted = {rule_id: rule for rule_id, rule in self.rules.items() if rule_id not in gone}
-        for rule in request.add:
-            wanted[rule.rule_id] = validate(rule)
-        check_cycles(request.add, wanted, interfaces)
+        added = {rule.rule_id: validate(rule) for rule in request.add}
+        wanted |= added
+        check_cycles(added.values(), wanted, interfaces)
         check_protected(wanted.values(), interfaces)
         return wanted
 
