@@ -125,7 +125,11 @@ def test_a_mode_lets_others_look_beside_a_group(line: Line, start_relay: StartRe
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
-        (("--socket-group", "nobody-at-all"), 1, "no group 'nobody-at-all': choose an existing one with --socket-group"),
+        (
+            ("--socket-group", "nobody-at-all"),
+            1,
+            "no group 'nobody-at-all': choose an existing one with --socket-group",
+        ),
         (("--socket-group", "nogroup"), 1, "stands for every group that is not known here"),
         (("--socket-mode", "rw"), 2, "socket_mode: Expected `str` matching regex"),
         (("--socket-mode", "0888"), 2, 'give octal digits such as "0660"'),
