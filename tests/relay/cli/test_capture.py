@@ -132,6 +132,23 @@ def test_each_interface_of_a_rule_is_captured_once() -> None:
     assert sides_of(LISTED, "both")[1].describe("tv") == "ingress and egress of rule tv"
 
 
+def test_both_legs_are_captured_each_with_its_source() -> None:
+    second = {"input_group": "239.1.1.9", "input_port": None, "input_interface": "both", "source": None}
+    left, both, right = sides_of({**LISTED, "secondary": second}, "both")
+    assert (left.incoming, both.source) == ([("239.1.1.1", 5001)], "10.1.0.1")
+    assert both.incoming == [("239.1.1.1", 5001), ("239.1.1.9", 5001)]
+    assert both.outgoing == [("239.2.2.3", 6001)]
+    assert len(right.outgoing) == 2
+    of_another = {"input_group": None, "input_port": 5002, "input_interface": "left", "source": "10.1.0.7"}
+    sides = sides_of({**LISTED, "secondary": of_another}, "ingress")
+    assert [(side.interface, side.source) for side in sides] == [
+        ("left", "10.1.0.1"),
+        ("both", "10.1.0.1"),
+        ("left", "10.1.0.7"),
+    ]
+    assert sides[2].incoming == [("239.1.1.1", 5002)]
+
+
 def test_both_versions_are_captured_at_once() -> None:
     outputs = [{"group": "ff3e::2", "port": 6001, "interface": "left"}, LISTED["outputs"][0]]
     rule = {**LISTED, "input_group": "ff3e::1", "source": "fd00::7", "outputs": outputs}
