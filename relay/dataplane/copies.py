@@ -5,7 +5,6 @@ supervisor, kept for the worker's successor and for the next supervisor. Written
 (ring.py), and by its successor where it goes on. The supervisor never maps it.
 """
 
-import fcntl
 import mmap
 import os
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from relay.dataplane.layout import MMSGHDR, RINGS_MAX
+from relay.dataplane.memory_file import MemoryFile, create_memory_file
 
 COPY_SLOTS = 8  # super-frames fetched by one recvmmsg: 8 x 68 KiB stay within a usual L2 cache until they are sent
 COPY_SLOT_BYTES = 69_632  # virtio header, Ethernet with two tags, 65 535 bytes of IP; a multiple of 4096
@@ -27,47 +27,25 @@ COPIES_HEADER = np.dtype(
 ARENA_OFFSET = -(-COPIES_HEADER.itemsize // PAGE_BYTES) * PAGE_BYTES
 COPIES_BYTES = ARENA_OFFSET + RINGS_MAX * COPY_SLOTS * COPY_SLOT_BYTES
 
-SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # it can't be cut under its readers
 
-
-class Copies:
-    """A worker's copy arena, by its descriptor. Pages of it are taken as they are written."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+class Copies(MemoryFile):
+    """A worker's copy arena."""
 
     @classmethod
     def create(cls) -> "Copies":
         """An empty one. Raises OSError."""
-        descriptor = os.memfd_create("mcr_copies", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(descriptor, COPIES_BYTES)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return cls(descriptor)
+        return cls(create_memory_file("mcr_copies", COPIES_BYTES))
 
-    @staticmethod
-    def is_one(descriptor: int) -> bool:
+    @classmethod
+    def is_one(cls, descriptor: int) -> bool:
         """Whether a descriptor is of a copy arena. Raises OSError when it is of no memory file."""
-        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS and os.fstat(descriptor).st_size == COPIES_BYTES
+        return cls.is_sealed(descriptor, COPIES_BYTES)
 
     def forget(self, ring_number: int) -> None:
         """Nothing fetched of this ring is wanted any more: its number goes to another. Raises OSError."""
         mmsg, offset = COPIES_HEADER.fields["mmsg"][:2]  # type: ignore[index]
         ring_bytes = mmsg.itemsize // RINGS_MAX
         os.pwrite(self._descriptor, bytes(ring_bytes), offset + ring_number * ring_bytes)
-
-    def fileno(self) -> int:
-        """The descriptor."""
-        return self._descriptor
-
-    def close(self) -> None:
-        """Let go of it; it goes with the last process that has it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 def map_copies(descriptor: int) -> Any:

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from relay.addresses import is_ipv6, is_multicast
-from relay.cli.checks.network import LOOPBACK, QUERY_INTERVAL_S
-from relay.cli.checks.registry import Found, Severity, check
+from relay.cli.checks.network import LOOPBACK, QUERY_INTERVAL_S, forced_versions
+from relay.cli.checks.registry import Found, check
 from relay.cli.checks.situation import Situation
 from relay.sockaddr import is_of_link
 from relay.supervisor.interfaces import IPV6_MIN_MTU
@@ -72,20 +72,7 @@ def ipv6_addresses(situation: Situation) -> Iterator[Found]:
 @check(why="only MLDv2 asks a switch for sources; a version that is forced may not be the querier's")
 def mld_version(situation: Situation) -> Iterator[Found]:
     """Whether a version of MLD is forced."""
-    wants_sources = bool(sources_wanted(situation))
-    for name in joins_on(situation):
-        for place in ("all", name):
-            forced = situation.files.setting(f"net/ipv6/conf/{place}/force_mld_version")
-            if not forced:
-                continue
-            severity: Severity = "warning" if wants_sources and forced < MLD_V2 else "note"
-            text = f"MLDv{forced} is forced on {name}"
-            text += ", though rules ask for sources: the relay picks them from all" if severity == "warning" else ""
-            read = f"/proc/sys/net/ipv6/conf/{place}/force_mld_version"
-            yield Found(severity, text, read, f"sysctl net.ipv6.conf.{place}.force_mld_version=0")
-            break
-        else:
-            yield Found("ok", f"no MLD version is forced on {name}", f"/proc/sys/net/ipv6/conf/{name}")
+    return forced_versions(situation, joins_on(situation), "MLD", MLD_V2 if sources_wanted(situation) else 0)
 
 
 @check(why="the relay asks for a group's sources with as many sockets as it takes; 0 refuses every source")

@@ -1,6 +1,6 @@
 """Checks of the network: interfaces, what is joined, who queries, offloads, and what NIC and kernel drop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from relay.addresses import is_ipv6, is_multicast
 from relay.cli import host
@@ -14,6 +14,7 @@ from relay.wording import counted
 LOOPBACK = "lo"
 LOOPBACK_NETWORK, LOOPBACK_IPV6 = "127.", "::1"
 RP_FILTER_STRICT = 1  # Documentation/networking/ip-sysctl.rst
+IGMP_V3 = 3  # the first that asks for sources, RFC 3376
 QUERY_INTERVAL_S = 125  # RFC 3376, 8.2
 SHOWN_MAX = 5
 RX_COUNTERS = ("rx_missed_errors", "rx_fifo_errors", "rx_dropped")
@@ -77,23 +78,30 @@ def rp_filter(situation: Situation) -> Iterator[Found]:
             yield Found("ok", f"rp_filter of {name} is {known[strictest]}", read)
 
 
+def forced_versions(situation: Situation, names: Iterable[str], protocol: str, least: int) -> Iterator[Found]:
+    """Whether a version of IGMP or MLD is forced on interfaces; rules need `least`."""
+    family = {"IGMP": "ipv4", "MLD": "ipv6"}[protocol]
+    setting = f"force_{protocol.lower()}_version"
+    for name in names:
+        for place in ("all", name):
+            forced = situation.files.setting(f"net/{family}/conf/{place}/{setting}")
+            if not forced:
+                continue
+            severity: Severity = "warning" if forced < least else "note"
+            text = f"{protocol}v{forced} is forced on {name}"
+            text += ", though rules ask for sources: the relay picks them from all" if severity == "warning" else ""
+            read = f"/proc/sys/net/{family}/conf/{place}/{setting}"
+            yield Found(severity, text, read, f"sysctl net.{family}.conf.{place}.{setting}=0")
+            break
+        else:
+            yield Found("ok", f"no {protocol} version is forced on {name}", f"/proc/sys/net/{family}/conf/{name}")
+
+
 @check(why="only IGMPv3 asks a switch for sources; a version that is forced may not be the querier's")
 def igmp_version(situation: Situation) -> Iterator[Found]:
     """Whether a version of IGMP is forced."""
     wants_sources = any(listen.source for listen in ipv4_groups_wanted(situation))
-    for name in situation.ingress:
-        for place in ("all", name):
-            forced = situation.files.setting(f"net/ipv4/conf/{place}/force_igmp_version")
-            if not forced:
-                continue
-            severity: Severity = "warning" if wants_sources and forced < 3 else "note"
-            text = f"IGMPv{forced} is forced on {name}"
-            text += ", though rules ask for sources: the relay picks them from all" if severity == "warning" else ""
-            read = f"/proc/sys/net/ipv4/conf/{place}/force_igmp_version"
-            yield Found(severity, text, read, f"sysctl net.ipv4.conf.{place}.force_igmp_version=0")
-            break
-        else:
-            yield Found("ok", f"no IGMP version is forced on {name}", f"/proc/sys/net/ipv4/conf/{name}")
+    return forced_versions(situation, situation.ingress, "IGMP", IGMP_V3 if wants_sources else 0)
 
 
 @check(why="the relay joins with as many sockets as it takes, each of which is an open file; 0 refuses every join")
