@@ -9,52 +9,31 @@ import msgspec
 import psutil
 import pytest
 
-from logging_shm import LevelPolicy
 from relay.dataplane.table import map_table
 from relay.descriptors import Channel, channel_pair
 from relay.messages import AddRing, FromWorker, SetGuardCells, SetSockets, SetTable, ToWorker
 from relay.rules import Output, Rule
 from relay.supervisor.fleet import Fleet
-from relay.supervisor.ingress import FRAME_BYTES, Fanout, count_filled, take_ring_drops
+from relay.supervisor.ingress import FRAME_BYTES, count_filled, take_ring_drops
 from relay.supervisor.interfaces import snapshot
 from relay.supervisor.worker import WAITING_MAX, Worker
-from tools.netns import Host
+from tests.relay.supervisor.bare_fleet import RING_BYTES, bare_fleet
 
 RULE = Rule(rule_id="r1", input_group="239.1.1.1", input_port=5001, outputs=(Output("239.2.2.2", 6001, "lo"),))
-
-RING_BYTES = 1 << 20  # 512 frames
 
 
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     """One core, one rule on lo, in a namespace of its own; no process behind it."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and packet sockets need root")
-    with Host("fleet") as host, host.inside():
-        owner = (os.geteuid(), os.getegid())
-        fleet = Fleet([0], f"fleet{os.getpid()}", owner, ["lo"], 1 << 20, Fanout.hash, LevelPolicy())
-        try:
-            fleet.begin([RULE], snapshot(), strict=True)
-            fleet.finish()
-            yield fleet
-        finally:
-            fleet.close()
+    with bare_fleet("fleet", [0], RULE) as fleet:
+        yield fleet
 
 
 @pytest.fixture
 def pair() -> Iterator[Fleet]:
     """Two cores that share one interface, lo, in a namespace of their own; no process behind them."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and packet sockets need root")
-    with Host("pair") as host, host.inside():
-        owner = (os.geteuid(), os.getegid())
-        fleet = Fleet([0, 1], f"pair{os.getpid()}", owner, ["lo"], RING_BYTES, Fanout.hash, LevelPolicy())
-        try:
-            fleet.begin([RULE], snapshot(), strict=True)
-            fleet.finish()
-            yield fleet
-        finally:
-            fleet.close()
+    with bare_fleet("pair", [0, 1], RULE) as fleet:
+        yield fleet
 
 
 def received(far: Channel[ToWorker]) -> list[type]:

@@ -7,13 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from logging_shm import Facility, LevelPolicy, SupervisorLogging
+from logging_shm import Facility, SupervisorLogging
 from relay.rules import Output, Rule
 from relay.supervisor.fleet import Fleet
 from relay.supervisor.guards import QUIET_S, TOLD_MAX, GuardWatch
-from relay.supervisor.ingress import Fanout
-from relay.supervisor.interfaces import snapshot
-from tools.netns import Host
+from tests.relay.supervisor.bare_fleet import bare_fleet, install, read_all
 
 OUTPUT = (Output("239.2.2.2", 6001, "lo"),)
 TV = Rule(rule_id="tv", input_group="239.1.1.1", input_port=5001, outputs=OUTPUT, max_pps=1000)
@@ -29,11 +27,6 @@ class Watched:
         self.ring = logging.rings[Facility.Supervisor]
         self.watch = GuardWatch(fleet, logging.logger(Facility.Supervisor))
 
-    def install(self, *rules: Rule) -> None:
-        """Go over to these rules."""
-        self.fleet.begin(rules, snapshot(), strict=True)
-        self.fleet.finish()
-
     def drop(self, rule_id: str, core: int = 0, count: int = 1) -> None:
         """A worker drops datagrams of a rule."""
         self.fleet.workers[core].stats.rules["drops_rate_limit"][self.fleet.rule_slots[rule_id]] += count
@@ -45,26 +38,13 @@ class Watched:
     def look(self, now_s: float) -> list[str]:
         """What is told at a time."""
         self.watch.look(now_s)
-        told = []
-        while (entry := self.ring.read()) is not None:
-            told.append(f"[{entry.severity.name}] {entry.message}")
-        return told
+        return [f"[{entry.severity.name}] {entry.message}" for entry in read_all(self.ring)]
 
 
 @pytest.fixture
 def watched() -> Iterator[Watched]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and packet sockets need root")
-    instance = f"guards{os.getpid()}"
-    with Host("guards") as host, host.inside(), SupervisorLogging(instance) as logging:
-        owner = (os.geteuid(), os.getegid())
-        fleet = Fleet([0, 1], instance, owner, ["lo"], 1 << 20, Fanout.hash, LevelPolicy())
-        try:
-            watched = Watched(fleet, logging)
-            watched.install(TV, BOTH, FREE)
-            yield watched
-        finally:
-            fleet.close()
+    with bare_fleet("guards", [0, 1], TV, BOTH, FREE) as fleet, SupervisorLogging(f"guardw{os.getpid()}") as logging:
+        yield Watched(fleet, logging)
 
 
 TV_OVER = (
@@ -112,13 +92,13 @@ def test_another_limit_is_judged_anew_and_no_limit_not_at_all(watched: Watched) 
     watched.drop("tv")
     assert len(watched.look(1)) == 1
     watched.drop("tv")
-    watched.install(msgspec.structs.replace(TV, max_pps=2000), BOTH, FREE)
+    install(watched.fleet, msgspec.structs.replace(TV, max_pps=2000), BOTH, FREE)
     assert watched.look(2) == []
     watched.drop("tv")
     assert watched.look(3) == [TV_OVER.format(1).replace("1000 packets", "2000 packets")]
-    watched.install(msgspec.structs.replace(TV, max_pps=None), BOTH, FREE)
+    install(watched.fleet, msgspec.structs.replace(TV, max_pps=None), BOTH, FREE)
     assert watched.look(4) == watched.look(60) == []
-    watched.install(TV, BOTH, FREE)
+    install(watched.fleet, TV, BOTH, FREE)
     assert watched.look(61) == watched.look(90) == []
 
 
@@ -133,7 +113,7 @@ def test_nonsense_of_a_worker_is_a_count(watched: Watched) -> None:
 
 def test_many_at_once_are_counted(watched: Watched) -> None:
     rules = [msgspec.structs.replace(TV, rule_id=f"r{n}", input_port=1 + n) for n in range(TOLD_MAX + 5)]
-    watched.install(*rules)
+    install(watched.fleet, *rules)
     watched.look(0)
     for rule in rules:
         watched.drop(rule.rule_id)
@@ -145,13 +125,13 @@ def test_many_at_once_are_counted(watched: Watched) -> None:
 def test_buckets_are_full_after_another_limit_a_removed_rule_and_a_workers_end(watched: Watched) -> None:
     """And only then: a change elsewhere leaves a rule's debt as it is."""
     watched.cell("tv")["packets_due"] = watched.cell("both")["bits_due"] = 1 << 62
-    watched.install(TV, BOTH)
+    install(watched.fleet, TV, BOTH)
     assert int(watched.cell("tv")["packets_due"]) == int(watched.cell("both")["bits_due"]) == 1 << 62
-    watched.install(msgspec.structs.replace(TV, max_pps=999), BOTH)
+    install(watched.fleet, msgspec.structs.replace(TV, max_pps=999), BOTH)
     assert int(watched.cell("tv")["packets_due"]) == 0
     assert int(watched.cell("both")["bits_due"]) == 1 << 62
     cell = watched.cell("both")
-    watched.install(TV)
+    install(watched.fleet, TV)
     assert int(cell["bits_due"]) == 0
     watched.cell("tv")["packets_due"] = 1 << 62
     watched.fleet.worker_gone(watched.fleet.workers[0])

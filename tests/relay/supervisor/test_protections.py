@@ -23,9 +23,9 @@ from relay.supervisor.interfaces import snapshot
 from relay.supervisor.protection_watch import ProtectionWatch, health_of
 from relay.supervisor.protections import Protections, identity
 from relay.supervisor.worker import Worker
-from tools.netns import Host, Line
+from tests.relay.supervisor.bare_fleet import RING_BYTES, bare_fleet, install, read_all
+from tools.netns import Line
 
-RING_BYTES = 1 << 20
 MS = 1_000_000
 OUTPUT = (Output("239.2.2.2", 6001, "lo"),)
 PLAIN = Rule(rule_id="tv", input_group="239.1.1.1", input_port=5001, outputs=OUTPUT)
@@ -39,20 +39,8 @@ STANDBY = msgspec.structs.replace(TV, protection="failover", stall_ms=200)
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     """Two cores on lo in a namespace of their own."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and packet sockets need root")
-    with Host("protected") as host, host.inside():
-        owner = (os.geteuid(), os.getegid())
-        fleet = Fleet([0, 1], f"prot{os.getpid()}", owner, ["lo"], RING_BYTES, Fanout.hash, LevelPolicy())
-        try:
-            yield fleet
-        finally:
-            fleet.close()
-
-
-def go_over(fleet: Fleet, *rules: Rule) -> None:
-    fleet.begin(rules, snapshot(), strict=True)
-    fleet.finish()
+    with bare_fleet("protected", [0, 1]) as fleet:
+        yield fleet
 
 
 def send(*groups: str, flows: int = 16) -> None:
@@ -94,7 +82,7 @@ def keys_of(fleet: Fleet, group: str) -> dict[int, tuple[int, bool]]:
 
 
 def test_protected_inputs_are_read_by_one_worker_and_others_by_all(fleet: Fleet) -> None:
-    go_over(fleet, TV, ELSEWHERE)
+    install(fleet, TV, ELSEWHERE)
     send("239.1.1.1", "239.1.1.2", "239.1.1.9")
     shared, own = 0, 1
     assert seen(fleet) == {
@@ -107,7 +95,7 @@ def test_protected_inputs_are_read_by_one_worker_and_others_by_all(fleet: Fleet)
 
 
 def test_an_input_that_becomes_protected_is_read_from_both_rings_until_one_has_it_all(fleet: Fleet) -> None:
-    go_over(fleet, PLAIN, OTHER)
+    install(fleet, PLAIN, OTHER)
     send("239.1.1.1")
     fleet.begin((TV, OTHER), snapshot(), strict=True)
     assert keys_of(fleet, "239.1.1.1") == {0: (2, False), 1: (2, True)}
@@ -131,7 +119,7 @@ def test_an_input_that_becomes_protected_is_read_from_both_rings_until_one_has_i
 def test_without_a_ring_of_its_own_a_protected_rule_has_its_primary_and_others_have_all(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_over(fleet, PLAIN, OTHER)
+    install(fleet, PLAIN, OTHER)
     with monkeypatch.context() as refusing:
         refusing.setattr("relay.supervisor.rings.open_ring", refuse)
         assert fleet.begin((TV, OTHER), snapshot(), strict=True) == ["packet ring on lo: Cannot allocate memory"]
@@ -140,7 +128,7 @@ def test_without_a_ring_of_its_own_a_protected_rule_has_its_primary_and_others_h
     assert keys_of(fleet, "239.1.1.1") == {0: (2, False)}
     send("239.1.1.1")
     assert sum(len(frames_in(worker.rings[0])) for worker in fleet.workers) == 16
-    go_over(fleet, TV, OTHER)  # as it is tried again
+    install(fleet, TV, OTHER)  # as it is tried again
     assert not fleet.is_incomplete
     assert keys_of(fleet, "239.1.1.1") == {1: (2, True)}
 
@@ -150,7 +138,7 @@ def refuse(interface: str, *_: object) -> None:
 
 
 def test_another_worker_reads_on_where_one_is_given_up_and_knows_what_was_let_through(fleet: Fleet) -> None:
-    go_over(fleet, TV)
+    install(fleet, TV)
     send("239.1.1.1")
     first, second = fleet.workers
     number = fleet.protections.number_of(TV)
@@ -164,7 +152,7 @@ def test_another_worker_reads_on_where_one_is_given_up_and_knows_what_was_let_th
     assert fleet.rings.reader() is second
     fleet.rings.readmit(first)
     assert list(first.rings) == [0]  # what is one's stays one's
-    go_over(fleet, TV, ELSEWHERE)
+    install(fleet, TV, ELSEWHERE)
     send("239.1.1.1")
     assert len(frames_in(second.rings[1])) == 48
     assert fleet.rings.created_anew() == set()
@@ -212,11 +200,11 @@ def test_more_protected_rules_than_there_are_records_are_refused(fleet: Fleet) -
 
     with pytest.raises(RuleError, match="513 rules with a secondary input are over the limit of 512"):
         fleet.begin(rules(layout.PROTECTIONS_MAX + 1), snapshot(), strict=True)
-    go_over(fleet, *rules(layout.PROTECTIONS_MAX))
+    install(fleet, *rules(layout.PROTECTIONS_MAX))
     with pytest.raises(RuleError, match="too many protected rules change at once"):
         fleet.begin(rules(1, first_port=1000), snapshot(), strict=True)
-    go_over(fleet, *rules(layout.PROTECTIONS_MAX - 1))
-    go_over(fleet, *rules(layout.PROTECTIONS_MAX - 2), TV)
+    install(fleet, *rules(layout.PROTECTIONS_MAX - 1))
+    install(fleet, *rules(layout.PROTECTIONS_MAX - 2), TV)
 
 
 def test_fragments_of_other_inputs_are_put_together_as_before() -> None:
@@ -231,7 +219,7 @@ def test_fragments_of_other_inputs_are_put_together_as_before() -> None:
             owner = (os.geteuid(), os.getegid())
             fleet = Fleet([0], f"frag{os.getpid()}", owner, ["left"], RING_BYTES, Fanout.hash, LevelPolicy())
             try:
-                go_over(fleet, *rules)
+                install(fleet, *rules)
                 with gen.inside():
                     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 with sender:
@@ -266,10 +254,7 @@ class Watched:
     def look(self, at_ms: int) -> list[str]:
         self.worker.stats.health["looked_ns"] = at_ms * MS
         self.watch.look()
-        told = []
-        while (entry := self.ring.read()) is not None:
-            told.append(entry.message)
-        return told
+        return [entry.message for entry in read_all(self.ring)]
 
 
 @pytest.fixture
@@ -282,7 +267,7 @@ def watched(fleet: Fleet) -> Iterator[Watched]:
 
 def test_a_silent_leg_is_told_once_and_so_is_its_return(fleet: Fleet, watched: Watched) -> None:
     watched.worker.running = False
-    go_over(fleet, TV)
+    install(fleet, TV)
     watched.worker.running = True
     record = watched.record(TV)
     record["legs"]["last_ns"] = 10_000 * MS
@@ -300,7 +285,7 @@ def test_a_silent_leg_is_told_once_and_so_is_its_return(fleet: Fleet, watched: W
 
 def test_fail_over_is_told_once_and_so_is_its_end_and_both_if_they_were_quick(fleet: Fleet, watched: Watched) -> None:
     watched.worker.running = False
-    go_over(fleet, STANDBY)
+    install(fleet, STANDBY)
     watched.worker.running = True
     record = watched.record(STANDBY)
     record["legs"]["last_ns"] = 10_000 * MS
@@ -320,7 +305,7 @@ def test_fail_over_is_told_once_and_so_is_its_end_and_both_if_they_were_quick(fl
 
 def test_a_record_of_rubbish_is_told_of_within_bounds(fleet: Fleet, watched: Watched) -> None:
     watched.worker.running = False
-    go_over(fleet, TV, msgspec.structs.replace(STANDBY, rule_id="by", input_port=7))
+    install(fleet, TV, msgspec.structs.replace(STANDBY, rule_id="by", input_port=7))
     watched.worker.running = True
     rubbish = np.random.default_rng(1).bytes(watched.worker.stats.protections.nbytes)
     watched.worker.stats.protections[:] = np.frombuffer(rubbish, layout.PROTECTION)

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 
-from logging_shm import Facility, LevelPolicy, SupervisorLogging
+from logging_shm import Facility, SupervisorLogging
 from relay.addresses import halves
 from relay.rules import Output, Rule
 from relay.supervisor.fleet import Fleet
-from relay.supervisor.ingress import Fanout
-from relay.supervisor.interfaces import snapshot
 from relay.supervisor.stalls import TOLD_MAX, StallWatch
 from relay.supervisor.streams import streams_by_rule
-from tools.netns import Host
+from tests.relay.supervisor.bare_fleet import bare_fleet, read_all
 
 MS = 1_000_000
 OUTPUT = (Output("239.2.2.2", 6001, "lo"),)
@@ -47,26 +45,13 @@ class Watched:
         """What is told when the worker has looked at a time, and the watch then."""
         self.stats.health["looked_ns"] = at_ms * MS
         self.watch.look()
-        told = []
-        while (entry := self.ring.read()) is not None:
-            told.append(entry.message)
-        return told
+        return [entry.message for entry in read_all(self.ring)]
 
 
 @pytest.fixture
 def watched() -> Iterator[Watched]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and packet sockets need root")
-    instance = f"stalls{os.getpid()}"
-    with Host("stalls") as host, host.inside(), SupervisorLogging(instance) as logging:
-        owner = (os.geteuid(), os.getegid())
-        fleet = Fleet([0], instance, owner, ["lo"], 1 << 20, Fanout.hash, LevelPolicy())
-        try:
-            fleet.begin([WATCHED, PICKY, FREE], snapshot(), strict=True)
-            fleet.finish()
-            yield Watched(fleet, logging)
-        finally:
-            fleet.close()
+    with bare_fleet("stalls", [0], WATCHED, PICKY, FREE) as fleet, SupervisorLogging(f"stallw{os.getpid()}") as logging:
+        yield Watched(fleet, logging)
 
 
 ABOUT = "Stream of rule watched from 10.0.0.7:4000"

@@ -1,21 +1,18 @@
 """Totals of rules never go back, whatever becomes of streams; the counters are what a worker would write."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from logging_shm import LevelPolicy
 from relay.addresses import halves
 from relay.dataplane.layout import COUNT_MAX, Payload
 from relay.health import MpegTsTotals, RtpTotals
 from relay.rules import Output, Rule
 from relay.supervisor.fleet import Fleet
-from relay.supervisor.ingress import Fanout
 from relay.supervisor.interfaces import snapshot
 from relay.supervisor.stream_totals import StreamTotals
-from tools.netns import Host
+from tests.relay.supervisor.bare_fleet import bare_fleet
 
 OUTPUT = (Output("239.2.2.2", 6001, "lo"),)
 ANY = Rule(rule_id="any", input_group="239.1.1.1", input_port=5001, outputs=OUTPUT)
@@ -50,17 +47,8 @@ class Summed:
 
 @pytest.fixture
 def summed() -> Iterator[Summed]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces and packet sockets need root")
-    with Host("totals") as host, host.inside():
-        owner = (os.geteuid(), os.getegid())
-        fleet = Fleet([0, 1], f"totals{os.getpid()}", owner, ["lo"], 1 << 20, Fanout.hash, LevelPolicy())
-        try:
-            fleet.begin([ANY, PICKY, OTHER], snapshot(), strict=True)
-            fleet.finish()
-            yield Summed(fleet)
-        finally:
-            fleet.close()
+    with bare_fleet("totals", [0, 1], ANY, PICKY, OTHER) as fleet:
+        yield Summed(fleet)
 
 
 def test_streams_of_all_workers_count_for_each_rule_that_they_belong_to(summed: Summed) -> None:
