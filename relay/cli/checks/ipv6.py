@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from relay.addresses import is_ipv6, is_multicast
-from relay.cli.checks.network import LOOPBACK, QUERY_INTERVAL_S, forced_versions
+from relay.cli.checks.network import LOOPBACK, forced_versions, unheard
 from relay.cli.checks.registry import Found, check
 from relay.cli.checks.situation import Situation
 from relay.sockaddr import is_of_link
@@ -103,15 +103,5 @@ def mld_querier(situation: Situation) -> Iterator[Found]:
             continue
         if heard and name in heard:
             yield Found("ok", f"{heard[name]} queries on {name}", read)
-        elif heard is not None and situation.interval_s > QUERY_INTERVAL_S:
-            text = f"no MLD query came in on {name} in {situation.interval_s:.0f} s"
-            remedy = (
-                "make a switch or router the querier; a Linux bridge that has an IPv6 address: "
-                "`ip link set BRIDGE type bridge mcast_querier 1`"
-            )
-            yield Found("warning", text, read, remedy)
         else:
-            text = (
-                f"it is not known whether anybody queries on {name}: {situation.interval_s:.0f} s are too short to tell"
-            )
-            yield Found("note", text, read, f"sudo mcrctl doctor --seconds {QUERY_INTERVAL_S + 5}")
+            yield unheard(situation, name, "MLD", heard is not None, "a Linux bridge that has an IPv6 address")

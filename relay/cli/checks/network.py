@@ -168,6 +168,17 @@ def unicast_inputs(situation: Situation) -> Iterator[Found]:
         yield Found("ok", f"{counted(len(wanted), 'unicast input')} of this host's own", "ip addr")
 
 
+def unheard(situation: Situation, name: str, protocol: str, has_listened: bool, bridge_kind: str) -> Found:
+    """What it means that no query of IGMP or MLD came in on an interface: nothing, if it was not for long."""
+    read = f"{protocol} queries that came in"
+    if has_listened and situation.interval_s > QUERY_INTERVAL_S:
+        text = f"no {protocol} query came in on {name} in {situation.interval_s:.0f} s"
+        command = "`ip link set BRIDGE type bridge mcast_querier 1`"
+        return Found("warning", text, read, f"make a switch or router the querier; {bridge_kind}: {command}")
+    text = f"it is not known whether anybody queries on {name}: {situation.interval_s:.0f} s are too short to tell"
+    return Found("note", text, read, f"sudo mcrctl doctor --seconds {QUERY_INTERVAL_S + 5}")
+
+
 @check(why="without a querier a switch that snoops forgets its members after some 260 s, and stops delivering")
 def querier(situation: Situation) -> Iterator[Found]:
     """Who asks for members. The kernel tells of queries of IGMPv1 and v2 only; for v3 one has to listen."""
@@ -182,18 +193,8 @@ def querier(situation: Situation) -> Iterator[Found]:
             yield Found("ok", f"{heard[name]} queries on {name}", "IGMP queries that came in")
         elif versions.get(name, "V3") != "V3":
             yield Found("ok", f"a querier of IGMP{versions[name].lower()} was heard on {name}", "/proc/net/igmp")
-        elif heard is not None and situation.interval_s > QUERY_INTERVAL_S:
-            text = f"no IGMP query came in on {name} in {situation.interval_s:.0f} s"
-            remedy = (
-                "make a switch or router the querier; a Linux bridge: `ip link set BRIDGE type bridge mcast_querier 1`"
-            )
-            yield Found("warning", text, "IGMP queries that came in", remedy)
         else:
-            text = (
-                f"it is not known whether anybody queries on {name}: {situation.interval_s:.0f} s are too short to tell"
-            )
-            remedy = f"sudo mcrctl doctor --seconds {QUERY_INTERVAL_S + 5}"
-            yield Found("note", text, "IGMP queries that came in", remedy)
+            yield unheard(situation, name, "IGMP", heard is not None, "a Linux bridge")
 
 
 @check(why="a bridge that snoops while nobody queries floods, and its neighbours that snoop stop delivering")
